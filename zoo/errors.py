@@ -1,0 +1,37 @@
+"""The one exception of the zoo: input that a user can mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["InputError", "nearest"]
+
+
+class InputError(ValueError):
+    """Input that cannot be used; the message names it, the rule it breaks and the remedy.
+
+    The command line prints the message alone and exits with 2; anything else keeps its traceback, because it is a defect
+    of the zoo or of user code and not of the input.
+    """
+
+
+def nearest(name: str, candidates: Iterable[str], *, count: int = 3) -> str:
+    """Return `` Did you mean …?`` with the nearest candidates, or an empty string if none is near.
+
+    Args:
+        name: what was asked for.
+        candidates: the names that exist.
+        count: how many names to show at most.
+
+    Returns:
+        A sentence that begins with a space, to be appended to an error message.
+
+    Example:
+        >>> nearest("resnet81", ["resnet18", "vit_tiny"])
+        ' Did you mean resnet18?'
+    """
+    pool = list(candidates)
+    lowered = {candidate.lower(): candidate for candidate in pool}
+    found = difflib.get_close_matches(name.lower(), lowered, n=count, cutoff=0.5)
+    return f" Did you mean {', '.join(lowered[key] for key in found)}?" if found else ""
