@@ -1,0 +1,133 @@
+"""What every loss asks of its arguments, with one wording for the same mistake.
+
+All checks look at shapes, types and devices only. The one that needs a tensor's contents, the range of labels, is made
+on the CPU alone and not while a graph is being traced: on a GPU it would make the host wait, and there the indexing
+itself asserts.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from zoo.errors import InputError
+
+__all__ = ["require_labels", "require_matrix", "require_number", "require_same_layout", "working_dtype"]
+
+
+def require_matrix(name: str, value: Tensor) -> None:
+    """Refuse anything but a two-dimensional floating-point tensor.
+
+    Args:
+        name: the argument's name, for the message.
+        value: the tensor.
+
+    Raises:
+        InputError: `value` has another number of dimensions, or holds integers, booleans or complex numbers.
+
+    Example:
+        >>> require_matrix("student", torch.zeros(2, 3))
+    """
+    if value.ndim != 2:
+        raise InputError(
+            f"{name} must have two dimensions (batch, width), got shape {tuple(value.shape)}; "
+            "flatten or pool the other dimensions first"
+        )
+    if not value.is_floating_point():
+        raise InputError(f"{name} must be floating point, got {value.dtype}; convert it with .float()")
+
+
+def require_same_layout(name: str, value: Tensor, reference_name: str, reference: Tensor) -> None:
+    """Refuse two tensors that differ in shape or live on different devices.
+
+    Args:
+        name: the name of the argument under test.
+        value: the tensor under test.
+        reference_name: the name of the argument that it has to match.
+        reference: the tensor that it has to match.
+
+    Raises:
+        InputError: the shapes or the devices differ.
+
+    Example:
+        >>> require_same_layout("teacher", torch.zeros(2, 3), "student", torch.ones(2, 3))
+    """
+    if value.shape != reference.shape:
+        raise InputError(
+            f"{name} must have the shape of {reference_name}, got {tuple(value.shape)} and {tuple(reference.shape)}"
+        )
+    if value.device != reference.device:
+        raise InputError(
+            f"{name} must be on the device of {reference_name}, got {value.device} and {reference.device}; "
+            f"move it with .to({str(reference.device)!r})"
+        )
+
+
+def require_labels(name: str, value: Tensor, *, rows: int, classes: int) -> None:
+    """Refuse anything but one integer label in `0 … classes - 1` for each row.
+
+    The range is looked at on the CPU only, and not under `torch.compile`.
+
+    Args:
+        name: the argument's name, for the message.
+        value: the labels.
+        rows: how many there have to be.
+        classes: how many classes there are.
+
+    Raises:
+        InputError: the type is not an integer one, the shape is not `(rows,)`, or a label is out of range.
+
+    Example:
+        >>> require_labels("targets", torch.tensor([0, 2]), rows=2, classes=3)
+    """
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise InputError(f"{name} must be integer labels, got {value.dtype}")
+    if value.shape != (rows,):
+        raise InputError(f"{name} must be one label per sample, shape ({rows},), got shape {tuple(value.shape)}")
+    if value.device.type == "cpu" and rows and not torch.compiler.is_compiling():
+        lowest, highest = (int(bound) for bound in torch.aminmax(value))
+        if lowest < 0 or highest >= classes:
+            raise InputError(
+                f"{name} must be labels in 0 … {classes - 1} ({classes} classes), "
+                f"found {lowest if lowest < 0 else highest}"
+            )
+
+
+def require_number(name: str, value: float, *, positive: bool) -> None:
+    """Refuse a number that is not finite, negative, or (on demand) zero.
+
+    Args:
+        name: the argument's name, for the message.
+        value: the number.
+        positive: whether zero is refused as well.
+
+    Raises:
+        InputError: `value` is out of range.
+
+    Example:
+        >>> require_number("temperature", 4.0, positive=True)
+    """
+    # Comparisons, and not math.isfinite, because torch.compile can trace them when the number becomes symbolic.
+    if not (0 < value < math.inf or (value == 0 and not positive)):
+        rule = "positive and finite" if positive else "finite and not negative"
+        raise InputError(f"{name} must be {rule}, got {value}")
+
+
+def working_dtype(student: Tensor) -> torch.dtype:
+    """Return the precision that a loss computes in: float64 for a float64 student, float32 for any other.
+
+    The student alone decides, so that class means kept in float64 do not slow a float32 training down.
+
+    Args:
+        student: the tensor that carries the gradient.
+
+    Returns:
+        `torch.float64` or `torch.float32`.
+
+    Example:
+        >>> working_dtype(torch.zeros(1, dtype=torch.bfloat16))
+        torch.float32
+    """
+    return torch.float64 if student.dtype == torch.float64 else torch.float32
