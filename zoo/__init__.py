@@ -1,0 +1,62 @@
+"""The zoo: papers as PyTorch Lightning components with Hugging Face Hub integration.
+
+``import zoo`` imports neither torch nor lightning: each public name is loaded when it is first used (PEP 562).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it. Adding a paper adds its line here and edits no other shared file.
+_LAZY = {
+    "Classifier": "zoo.lightning_modules.classifier",
+    "DigitsDataModule": "zoo.data.digits",
+    "ImageFolderDataModule": "zoo.data.image_folder",
+    "InputError": "zoo.errors",
+    "NDDistillation": "zoo.lightning_modules.nd",
+    "ParquetImagesDataModule": "zoo.data.parquet_images",
+    "ZooModule": "zoo.module",
+    "from_pretrained": "zoo.hub",
+    "register": "zoo.registry",
+}
+_SUBMODULES = (
+    "architectures",
+    "callbacks",
+    "data",
+    "hub",
+    "lightning_modules",
+    "losses",
+    "metrics",
+    "registry",
+    "towers",
+)
+
+__all__ = [  # noqa: PLE0604 - computed: the lazy table is the one list of public names
+    "__version__",
+    *sorted(_LAZY),
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        value = getattr(import_module(_LAZY[name]), name)
+    elif name in _SUBMODULES:
+        value = import_module(f"zoo.{name}")
+    else:
+        from zoo.errors import nearest
+
+        raise AttributeError(f"module 'zoo' has no attribute {name!r}.{nearest(name, [*_LAZY, *_SUBMODULES])}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY, *_SUBMODULES})
+
+
+def _names_in(package: str) -> dict[str, str]:
+    """Return the part of the lazy table whose modules lie in ``package``."""
+    return {name: module for name, module in _LAZY.items() if module.startswith(f"{package}.")}
