@@ -1,0 +1,1 @@
+"""Paper sheets, one a component, and the templates of the model cards."""

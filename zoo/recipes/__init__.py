@@ -1,0 +1,1 @@
+"""Named LightningCLI configurations; each file is one runnable experiment."""
