@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.hub_fixtures import hub, hub_server  # noqa: F401 - fixtures
 from tests.processes import run_processes
 
 # Networks this small spend more time on waking a second thread than it saves.
