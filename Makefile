@@ -34,6 +34,7 @@ pytest: setup
 
 bench: setup
 	$(BIN)/python benchmarks/nd.py
+	$(BIN)/python benchmarks/hub.py
 
 bench-gpu: setup
 	$(BIN)/python benchmarks/nd.py --device cuda

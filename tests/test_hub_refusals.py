@@ -91,7 +91,7 @@ def test_bad_config_text(folder: Path, text: str, message: str) -> None:
         (lambda c: c.update(zoo_format=2), r"has zoo_format 2, this version of the zoo reads 1"),
         (lambda c: c.update(zoo_format="1"), r"has zoo_format '1'"),
         (lambda c: c.update(args=[]), r"args must be dict, got list"),
-        (lambda c: c.update(component=["a"]), r"component must be str, got list"),
+        (lambda c: c.update(component=["a"]), r"component must be str or null, got list"),
         (lambda c: c.update(component="NDDistilation"), r"no component named 'NDDistilation'. Did you mean NDDistillation"),
         (lambda c: c.update(component="os.system"), r"no component named 'os.system'"),
         (lambda c: c.update(component="zoo.lightning_modules.nd.NDDistillation"), r"no component named 'zoo.lightning"),

@@ -20,7 +20,9 @@ from zoo.errors import InputError
 
 OLD = {"config.json": "old", "model.safetensors": "old weights", "recipe.yaml": "old recipe"}
 NEW = {"config.json": "new", "model.safetensors": "new weights"}
-NEWER = {"config.json": "newer", "model.safetensors": "newer weights", "recipe.yaml": "newer recipe"}
+NEWER = {
+    "config.json": "newer", "model.safetensors": "newer weights", "recipe.yaml": "newer recipe", "figures/loss.png": "png",
+}  # fmt: skip
 # Everything by which `write` changes a disk; each is also what a disk can refuse.
 STEPS = ["fsync", "mkdir", "open", "rename", "replace", "rmdir", "unlink"]
 
@@ -32,6 +34,7 @@ class CrashError(Exception):
 def filler(files: dict[str, str]) -> Callable[[Path], None]:
     def fill(folder: Path) -> None:
         for name, text in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
             # Through os.open, which the tests count, in two halves.
             descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT)
             os.write(descriptor, text[:2].encode())
@@ -48,7 +51,9 @@ def read(folder: Path) -> dict[str, str]:
 
 
 def visible(folder: Path) -> dict[str, str]:
-    return {path.name: path.read_text() if path.is_file() else "<folder>" for path in folder.iterdir()}
+    """Files by their path, and folders of ours that should be gone."""
+    files = {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+    return files | {path.name: "<folder>" for path in folder.iterdir() if path.is_dir() and path.name != "figures"}
 
 
 @pytest.fixture

@@ -18,8 +18,10 @@ _LAZY = {
     "InputError": "zoo.errors",
     "NDDistillation": "zoo.lightning_modules.nd",
     "ParquetImagesDataModule": "zoo.data.parquet_images",
+    "PushToHub": "zoo.callbacks.push_to_hub",
     "ZooModule": "zoo.module",
     "from_pretrained": "zoo.hub",
+    "load_weights": "zoo.hub",
     "register": "zoo.registry",
 }
 _SUBMODULES = (

@@ -22,7 +22,10 @@ _COMMANDS = {
     "test": "evaluate on the test split: zoo test --config nd-digits",
     "predict": "write predictions for the data: zoo predict --config nd-digits",
     "list": "every component: paper, kind, recipes",
-    "show": "one component with its options, or a stored model: zoo show NDDistillation",
+    "show": "one component with its options, or a stored model: zoo show NDDistillation, zoo show me/x",
+    "push": "send a stored model to the Hub: zoo push runs/nd-digits me/nd-digits",
+    "pull": "copy a stored model from the Hub: zoo pull me/nd-digits FOLDER",
+    "card": "render the model card of a stored model: zoo card runs/nd-digits",
     "demo": "distil a student on scikit-learn's digits, store it, load it back",
 }
 
@@ -55,7 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(command: str, words: list[str]) -> None:
     if command not in _COMMANDS:
         raise InputError(f"no such command.{nearest(command, _COMMANDS)} `zoo --help` shows all")
-    plain: dict[str, Callable[[list[str]], None]] = {"list": _list, "show": _show}
+    plain: dict[str, Callable[[list[str]], None]] = {
+        "list": _list,
+        "show": _show,
+        "push": _push,
+        "pull": _pull,
+        "card": _card,
+    }
     if command in plain:
         plain[command](words)
     elif command == "demo":
@@ -104,11 +113,13 @@ def _list(words: list[str]) -> None:
 
 def _show(words: list[str]) -> None:
     parser = _Parser(prog="zoo show", description="One component with its options, or a stored model.")
-    parser.add_argument("name", help="a component such as NDDistillation, or the folder of a stored model")
+    parser.add_argument(
+        "name", help="a component such as NDDistillation, a stored model's folder, or owner/name on the Hub"
+    )
     parser.add_argument("--json", action="store_true", help="machine-readable output")
     arguments = parser.parse_args(words)
-    if Path(arguments.name).is_dir():
-        _show_stored(Path(arguments.name))
+    if Path(arguments.name).is_dir() or "/" in arguments.name:
+        _show_stored(arguments.name)
         return
     component = registry.describe(arguments.name)
     options = registry.options(component.name)
@@ -134,18 +145,87 @@ def _show(words: list[str]) -> None:
     console.print(Markdown(component.text))
 
 
-def _show_stored(folder: Path) -> None:
-    from zoo import storage
+def _show_stored(source: str) -> None:
+    """Print the configuration of a stored model; of a repository, only that one file is fetched."""
+    from zoo import storage, transport
 
-    path = storage.locate(folder, "config.json")
-    if path is None:
-        raise InputError(f"{folder} is no stored model: it has no config.json")
+    parsed = transport.parse_source(source)
+    if isinstance(parsed, Path):
+        path = storage.locate(parsed, "config.json")
+        if path is None:
+            raise InputError(f"{source} is no stored model: it has no config.json")
+    else:
+        folder, commit = transport.fetch(parsed, ("config.json",))
+        path = folder / "config.json"
+        sys.stderr.write(f"{parsed.repo_id} at commit {commit}\n")
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is no valid JSON: {error}") from error
     config.pop("golden", None)
     sys.stdout.write(json.dumps(config, indent=2) + "\n")
+
+
+def _push(words: list[str]) -> None:
+    parser = _Parser(prog="zoo push", description="Send a stored model to the Hub, in one commit, with its card.")
+    parser.add_argument("run", type=Path, help="the folder of the stored model, such as runs/nd-digits")
+    parser.add_argument("repo", help="owner/name; created if needed")
+    parser.add_argument("--branch", help="branch, created if needed (default: the default branch)")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
+    parser.add_argument("--message", default="Store the model", help="first line of the commit")
+    parser.add_argument("--tag", help="tag the commit, such as v1.0")
+    parser.add_argument("--dry-run", action="store_true", help="send nothing, list what would be sent")
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+    options = parser.parse_args(words)
+    from zoo import publish
+
+    pushed = publish.push_folder(
+        options.run,
+        options.repo,
+        branch=options.branch,
+        private=options.private or None,
+        create_pr=options.create_pr,
+        message=options.message,
+        tag=options.tag,
+        dry_run=options.dry_run,
+    )
+    if options.json:
+        sys.stdout.write(json.dumps(asdict(pushed), indent=2) + "\n")
+        return
+    for name, size in pushed.files.items():
+        sys.stdout.write(f"{size:>14,} bytes  {name}\n")
+    total = f"{sum(pushed.files.values()):,} bytes"
+    if options.dry_run:
+        sys.stdout.write(f"{total} would be sent to {pushed.repo_id}\n")
+    elif pushed.changed:
+        sys.stdout.write(f"{total}: {pushed.repo_id} at commit {pushed.commit}\n{pushed.url}\n")
+    else:
+        sys.stdout.write(f"{pushed.repo_id} has all of it already, at commit {pushed.commit}\n")
+
+
+def _pull(words: list[str]) -> None:
+    parser = _Parser(prog="zoo pull", description="Copy a stored model from the Hub into a folder.")
+    parser.add_argument("repo", help="owner/name or hf://owner/name@revision")
+    parser.add_argument("folder", type=Path, help="the folder; a stored model in it is replaced")
+    parser.add_argument("--revision", help="branch, tag or commit (default: the head)")
+    options = parser.parse_args(words)
+    from zoo import transport
+
+    commit = transport.pull(options.repo, options.folder, revision=options.revision)
+    sys.stdout.write(f"{options.folder}: {options.repo} at commit {commit}\n")
+
+
+def _card(words: list[str]) -> None:
+    parser = _Parser(prog="zoo card", description="Render the model card of a stored model into its README.md.")
+    parser.add_argument("run", type=Path, help="the folder of the stored model")
+    options = parser.parse_args(words)
+    from zoo import publish, storage
+
+    if storage.locate(options.run, "config.json") is None:
+        raise InputError(f"{options.run} is no stored model: it has no config.json")
+    publish.write_card(options.run, existing=publish.read_text(options.run, "README.md"))
+    sys.stdout.write(f"{options.run / 'README.md'}\n")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -8,19 +8,22 @@ is taken, values must be finite, and a seeded output must come out as it did whe
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from zoo import golden, storage
+from zoo import golden, plain_weights, publish, storage, transport
 from zoo.arguments import Supplied, decode, encode, parameter_names
 from zoo.errors import InputError, nearest
 from zoo.named_networks import BUILD_ERRORS, reason
@@ -40,7 +43,18 @@ from zoo.towers import fingerprint, has_weights, without_weights
 if TYPE_CHECKING:
     from zoo.module import ZooModule
 
-__all__ = ["check_towers", "from_pretrained", "load_network", "read_config", "save", "tower_facts"]
+__all__ = [
+    "Snapshot",
+    "check_towers",
+    "from_pretrained",
+    "load_network",
+    "load_weights",
+    "push",
+    "read_config",
+    "save",
+    "snapshot",
+    "tower_facts",
+]
 
 _PACKAGES = ("lightning-zoo", "torch", "lightning", "timm", "torchvision")
 # Far above any network; a stored configuration may not ask for a depth whose modules alone fill the memory.
@@ -50,54 +64,135 @@ _MAX_MODULES = 1 << 16
 # -- writing -------------------------------------------------------------------------------------------------------
 
 
-def save(model: ZooModule, folder: Path, *, recipe: str | None = None) -> Path:
+@dataclass(frozen=True)
+class Snapshot:
+    """A model at one moment, ready to be written; it shares no memory with the model unless it was taken so.
+
+    Attributes:
+        config: the configuration without the hash of the weights.
+        tensors: the tensors to store, on the CPU.
+        recipe: the LightningCLI configuration of the run as YAML text.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    recipe: str | None = None
+
+    def write(self, folder: Path) -> Path:
+        """Store it in a folder, at one stroke, with a model card; needs neither the model nor the main thread.
+
+        Args:
+            folder: the folder, created if needed; files that are not part of the format stay.
+
+        Returns:
+            The folder.
+
+        Raises:
+            InputError: the arguments are too large; what was stored before is untouched.
+        """
+        digest = fingerprint(self.tensors)
+        text = dump_config({**self.config, "weights": {"sha256": digest}})
+
+        def fill(staging: Path) -> None:
+            (staging / "config.json").write_text(text, encoding="utf-8")
+            # One key: safetensors writes several in a random order, and equal models must be equal files.
+            save_file(self.tensors, staging / "model.safetensors", metadata={"sha256": digest})
+            # safetensors lets the owner alone read it; the umask decides, as for any other file.
+            shutil.copymode(staging / "config.json", staging / "model.safetensors")
+            if self.recipe is not None:
+                (staging / "recipe.yaml").write_text(self.recipe, encoding="utf-8")
+            publish.write_card(staging, existing=publish.read_text(folder, "README.md"))
+
+        storage.write(folder, fill)
+        return folder
+
+
+def snapshot(
+    model: pl.LightningModule, *, recipe: str | None = None, run: dict[str, Any] | None = None, copy: bool = True
+) -> Snapshot:
+    """Take what is to be stored of a model.
+
+    Args:
+        model: a `ZooModule`, or any LightningModule, of which the plain weights and the JSON hyper-parameters are taken.
+        recipe: the LightningCLI configuration of the run as YAML text.
+        run: facts of the run for the card; see `run_facts`.
+        copy: copy the tensors, so that training can go on before they are written.
+
+    Raises:
+        InputError: an argument has no JSON form or not the annotated type, a tensor is not finite, the arguments do not
+            build this model (a layer was exchanged), or the class is not registered.
+    """
+    from zoo.module import ZooModule
+
+    if isinstance(model, ZooModule):
+        config, tensors = _take_component(model)
+    else:
+        config, tensors = plain_weights.take(model)
+        _require_finite(tensors)
+    config = {"zoo_format": FORMAT, "versions": _versions(), **config, "run": run if run is not None else config["run"]}
+    if copy:
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    return Snapshot(config, tensors, recipe)
+
+
+def _take_component(model: ZooModule) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    args = {name: encode(name, v) for name, v in model._arguments.items() if not isinstance(v, Supplied)}
+    supplied = {name: v.type_name for name, v in model._arguments.items() if isinstance(v, Supplied)}
+    config = {"component": component_name(type(model)), "args": args, "supplied": supplied}
+    tensors = stored_tensors(model)
+    _require_finite(tensors)
+    _require_loadable(type(model), args, supplied, tensors)
+    return {**config, "omitted": tower_facts(model), "golden": golden.record(model), "run": model.run_facts}, tensors
+
+
+def _require_finite(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise InputError(f"{name} holds non-finite values: the model is not stored, and what was stored stays")
+
+
+def save(
+    model: pl.LightningModule, folder: Path, *, recipe: str | None = None, run: dict[str, Any] | None = None
+) -> Path:
     """Store a model in a folder, at one stroke.
 
     Args:
         model: the model; its mode, its gradients and the random generators are as before afterwards.
         folder: the folder, created if needed; files that are not part of the format stay.
         recipe: the LightningCLI configuration of the run as YAML text.
+        run: facts of the run for the card; those that the model was loaded with if omitted.
 
     Returns:
         The folder.
 
     Raises:
-        InputError: an argument has no JSON form or not the annotated type, a tensor is not finite, the arguments do not
-            build this model (a layer was exchanged), or the class is not registered; what was stored before is untouched.
+        InputError: see `snapshot` and `Snapshot.write`; what was stored before is untouched.
     """
-    component = component_name(type(model))
-    args = {name: encode(name, v) for name, v in model._arguments.items() if not isinstance(v, Supplied)}
-    supplied = {name: v.type_name for name, v in model._arguments.items() if isinstance(v, Supplied)}
-    tensors = stored_tensors(model)
-    for name, tensor in tensors.items():
-        if not is_finite(tensor):
-            raise InputError(f"{name} holds non-finite values: the model is not stored, and what was stored stays")
-    _require_loadable(type(model), args, supplied, tensors)
-    digest = fingerprint(tensors)
-    config = dump_config(
-        {
-            "zoo_format": FORMAT,
-            "component": component,
-            "versions": _versions(),
-            "args": args,
-            "supplied": supplied,
-            "omitted": tower_facts(model),
-            "weights": {"sha256": digest},
-            "golden": golden.record(model),
-        }
-    )
+    return snapshot(model, recipe=recipe, run=run, copy=False).write(folder)
 
-    def fill(staging: Path) -> None:
-        (staging / "config.json").write_text(config, encoding="utf-8")
-        # One key: safetensors writes several in a random order, and equal models must be equal files.
-        save_file(tensors, staging / "model.safetensors", metadata={"sha256": digest})
-        # safetensors lets the owner alone read it; the umask decides, as for any other file.
-        shutil.copymode(staging / "config.json", staging / "model.safetensors")
-        if recipe is not None:
-            (staging / "recipe.yaml").write_text(recipe, encoding="utf-8")
 
-    storage.write(folder, fill)
-    return folder
+def push(
+    model_or_folder: pl.LightningModule | str | Path, repo_id: str, *, recipe: str | None = None, **options: Any
+) -> transport.Push:
+    """Send a model, or a stored model's folder, to the Hub.
+
+    Args:
+        model_or_folder: the model, or the folder of a stored one.
+        repo_id: ``owner/name``; it is created if needed.
+        recipe: see `save`; for a model only.
+        **options: see `zoo.publish.push_folder`.
+
+    Returns:
+        What was sent.
+
+    Raises:
+        InputError: the model cannot be stored, holds what looks like a secret, or the Hub refuses.
+    """
+    if isinstance(model_or_folder, str | Path):
+        return publish.push_folder(Path(model_or_folder), repo_id, **options)
+    with tempfile.TemporaryDirectory(prefix="zoo-store-") as folder:
+        save(model_or_folder, Path(folder), recipe=recipe)
+        return publish.push_folder(Path(folder), repo_id, **options)
 
 
 def tower_facts(model: ZooModule) -> dict[str, dict[str, Any]]:
@@ -172,6 +267,10 @@ def _versions() -> dict[str, str]:
 def from_pretrained(
     source: str | Path,
     *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
     expected: type[ZooModule] | None = None,
     for_training: bool = False,
     map_location: str | torch.device = "cpu",
@@ -182,7 +281,12 @@ def from_pretrained(
     """Load a stored model; its class is found by the component's name.
 
     Args:
-        source: the folder of a stored model.
+        source: the folder of a stored model, a repository on the Hub (``owner/name``), or ``hf://owner/name@revision``. A
+            folder by that name comes first.
+        revision: branch, tag or commit on the Hub; the head of the default branch if omitted.
+        token: a token, None for the one of the environment or the login, False for none.
+        cache_dir: the cache of huggingface_hub, its own if omitted.
+        local_files_only: use what is cached and ask nobody.
         expected: the class that it must be, or a base of it.
         for_training: build the parts that only training needs as well (a teacher, a projector), and compare the
             fingerprints of frozen towers.
@@ -198,7 +302,9 @@ def from_pretrained(
     Raises:
         InputError: the folder is no stored model, or anything in it is not what it must be; the message names it.
     """
-    folder = _folder(source)
+    folder, commit = transport.resolve(
+        source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+    )
     config = read_config(folder)
     cls = _expected_class(config, expected)
     arguments = _arguments(cls, config, overrides, for_training=for_training)
@@ -210,13 +316,13 @@ def from_pretrained(
             raise InputError(
                 f"{folder}: config.json and model.safetensors come from different saves; store or pull it anew"
             )
-        shell = _build(cls, arguments, meta=True)
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no dict
-        compare_shapes(shell, shapes, "model.safetensors", strict=strict)
-        require_memory(shell)
-        check_values(shell, file)
-        model = _build(cls, arguments, meta=False)
-        fill_tensors(model, file)
+    shell = _build(cls, arguments, meta=True)
+    compare_shapes(shell, shapes, "model.safetensors", strict=strict)
+    require_memory(shell)
+    check_values(shell, weights)
+    model = _build(cls, arguments, meta=False)
+    fill_tensors(model, weights)
     unknown = model.frozen_towers.keys() - config["omitted"].keys() - overrides.keys()
     if unknown:
         raise InputError(f"{folder}: config.json records no fingerprint in omitted for {sorted(unknown)}")
@@ -228,7 +334,38 @@ def from_pretrained(
         if verify and not (overrides.keys() - set(cls.training_only)) & config["args"].keys():
             golden.compare(model, config["golden"], str(folder))
     model.hub_folder = folder
+    model.hub_commit = commit
+    model.run_facts = config["run"]
     return model.to(map_location).train(for_training)
+
+
+def load_weights(source: str | Path, module: nn.Module, *, strict: bool = True, **options: Any) -> nn.Module:
+    """Put stored weights into a module that is built already; no class is looked up.
+
+    Args:
+        source: see `from_pretrained`.
+        module: the module: the one whose weights were stored.
+        strict: refuse missing and unexpected tensors; shapes, dtypes and finite values are checked in any case.
+        **options: ``revision``, ``token``, ``cache_dir``, ``local_files_only``; see `from_pretrained`.
+
+    Returns:
+        The module, in the mode that it had.
+
+    Raises:
+        InputError: the weights do not fit; the module is as before then.
+    """
+    folder, _ = transport.resolve(source, **options)
+    config = read_config(folder)
+    weights = storage.locate(folder, "model.safetensors")
+    if weights is None:
+        raise InputError(f"{folder} has no model.safetensors: it is not a whole stored model")
+    with open_tensors(weights) as file:
+        if (file.metadata() or {}).get("sha256") != config["weights"]["sha256"]:
+            raise InputError(
+                f"{folder}: config.json and model.safetensors come from different saves; store or pull it anew"
+            )
+        plain_weights.put(module, file, strict=strict)
+    return module
 
 
 def load_network(name: str, *, weights: bool = True) -> nn.Module:
@@ -240,21 +377,18 @@ def load_network(name: str, *, weights: bool = True) -> nn.Module:
     """
     if weights:
         return from_pretrained(name).network
-    config = read_config(_folder(name))
+    config = read_config(transport.resolve(name)[0])
     cls = _expected_class(config, None)
     return _build(cls, _arguments(cls, config, {}, for_training=False), meta=False).network
-
-
-def _folder(source: str | Path) -> Path:
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        raise InputError(f"{source} is no folder with a stored model")
-    return folder
 
 
 def _expected_class(config: dict[str, Any], expected: type[ZooModule] | None) -> type[ZooModule]:
     from zoo.module import ZooModule
 
+    if config["component"] is None:
+        raise InputError(
+            "the folder holds plain weights of another LightningModule: zoo.load_weights(source, module) takes them"
+        )
     cls = component_class(config["component"])
     base = expected or ZooModule
     if not issubclass(cls, base):

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from zoo import hub
+from zoo import hub, transport
 from zoo.arguments import Supplied, capture, encode
 from zoo.errors import InputError
 from zoo.towers import Tower
@@ -34,7 +34,9 @@ class ZooModule(pl.LightningModule):
             None when a stored model is loaded for inference. Their tensors are not stored.
         sized_by_file: names of buffers that may be None after construction and take their shape from the stored file.
         example_shape: shape of one input, (C, H, W) for images; recorded from the first batch, used for the golden output.
-        hub_folder: where the model was loaded from, if it was.
+        hub_folder: the folder that the model was loaded from, if it was.
+        hub_commit: the commit on the Hub that it was loaded from, if it was.
+        run_facts: facts of the run that made it, for the card (see `zoo.run_facts.collect`).
     """
 
     deployable: ClassVar[str] = ""
@@ -43,6 +45,8 @@ class ZooModule(pl.LightningModule):
 
     example_shape: tuple[int, ...] | None = None
     hub_folder: Path | None = None
+    hub_commit: str | None = None
+    run_facts: dict[str, Any] | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Record the arguments of the call; `__init__` sees them unchanged."""
@@ -127,11 +131,32 @@ class ZooModule(pl.LightningModule):
         first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
         return hub.save(self, folder, recipe=recipe) if first else folder
 
+    def push_to_hub(self, repo_id: str, *, recipe: str | None = None, **options: Any) -> transport.Push:
+        """Store the model on the Hub, in one commit, with its card.
+
+        Args:
+            repo_id: ``owner/name``; it is created if needed.
+            recipe: the LightningCLI configuration of the run as YAML text, stored beside.
+            **options: ``branch``, ``private``, ``token``, ``create_pr``, ``message``, ``tag``, ``dry_run``; see
+                `zoo.transport.push`.
+
+        Returns:
+            What was sent, or would be.
+
+        Raises:
+            InputError: the model cannot be stored, holds what looks like a secret, or the Hub refuses.
+        """
+        return hub.push(self, repo_id, recipe=recipe, **options)
+
     @classmethod
     def from_pretrained(
         cls,
         source: str | Path,
         *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
         for_training: bool = False,
         map_location: str | torch.device = "cpu",
         strict: bool = True,
@@ -141,6 +166,10 @@ class ZooModule(pl.LightningModule):
         """Load a stored model of this class; see `zoo.hub.from_pretrained`."""
         model = hub.from_pretrained(
             source,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
             expected=cls,
             for_training=for_training,
             map_location=map_location,

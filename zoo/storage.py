@@ -15,10 +15,12 @@ from pathlib import Path
 
 from zoo.errors import InputError
 
-__all__ = ["FILES", "locate", "write"]
+__all__ = ["FILES", "locate", "names", "write"]
 
 # The files of the format. A hand-written README.md outlives a save that brings none; the others belong to one version.
-FILES = ("config.json", "model.safetensors", "recipe.yaml", "README.md")
+FILES = (
+    "config.json", "model.safetensors", "recipe.yaml", "README.md", "figures/loss.png", "figures/metrics.png",
+)  # fmt: skip
 _KEPT = ("README.md",)
 _COMMITTED = ".saved"
 _STAGED = ".saving-"
@@ -46,10 +48,10 @@ def write(folder: Path, fill: Callable[[Path], None]) -> None:
     staging.mkdir()
     try:
         fill(staging)
-        names = sorted(path.name for path in staging.iterdir())
+        names = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
         assert set(names) <= set(FILES), names
         (staging / _MANIFEST).write_text(json.dumps(names))
-        for path in [*staging.iterdir(), staging]:
+        for path in [*staging.rglob("*"), staging]:
             _flush(path)
         staging.rename(folder / _COMMITTED)
     finally:
@@ -78,6 +80,11 @@ def locate(folder: Path, name: str) -> Path | None:
     return None
 
 
+def names(folder: Path) -> list[str]:
+    """Return the files of the format that the version that counts has."""
+    return [name for name in FILES if locate(folder, name) is not None]
+
+
 def _finish(folder: Path) -> None:
     """Move the files of a committed version to their places; safe to repeat after a crash at any point."""
     committed = folder / _COMMITTED
@@ -88,8 +95,12 @@ def _finish(folder: Path) -> None:
                 (folder / name).unlink(missing_ok=True)
         for name in names:
             if (committed / name).exists():
+                (folder / name).parent.mkdir(exist_ok=True)
                 (committed / name).replace(folder / name)
         _flush(folder)
+        for nested in committed.iterdir():
+            if nested.is_dir():
+                nested.rmdir()
         (committed / _MANIFEST).unlink()
     if committed.is_dir():
         # Never with its content: what is in there now would be the next version, of another process.

@@ -16,13 +16,14 @@ __all__ = ["FORMAT", "dump_config", "read_config"]
 FORMAT = 1
 _KINDS = {
     "zoo_format": int,
-    "component": str,
+    "component": (str, type(None)),
     "versions": dict,
     "args": dict,
     "supplied": dict,
     "omitted": dict,
     "weights": dict,
     "golden": (dict, type(None)),
+    "run": (dict, type(None)),
 }
 _MAX_BYTES = 1 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -39,7 +40,8 @@ def dump_config(config: dict[str, Any]) -> str:
     Raises:
         InputError: it is larger than one that can be read again.
     """
-    text = json.dumps(config, indent=2, allow_nan=False) + "\n"
+    ordered = {key: config[key] for key in _KINDS if key in config}
+    text = json.dumps(ordered, indent=2, allow_nan=False) + "\n"
     if len(text) > _MAX_BYTES:
         raise InputError(
             f"the arguments of the model take {len(text)} bytes as JSON, at most {_MAX_BYTES} can be stored"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "check_values",
     "compare_shapes",
+    "each_tensor",
     "fill_tensors",
     "is_finite",
     "open_tensors",
@@ -27,6 +28,9 @@ __all__ = [
     "stored_tensors",
 ]
 
+# So much of a file is mapped at once.
+_MAPPED_BYTES = 1 << 21
+_PIECE = 1 << 20
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -76,6 +80,35 @@ def open_tensors(path: Path) -> Any:
         raise InputError(f"{path} is no whole safetensors file ({error}); store or pull the model anew") from error
 
 
+def each_tensor(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a file one by one, each valid until the next one is asked for.
+
+    The file is mapped anew every few MiB: what was read does not stay in memory, so that a load needs hardly more than the
+    model itself.
+
+    Args:
+        path: a safetensors file.
+
+    Raises:
+        InputError: it is no whole safetensors file, or was replaced while it was read.
+    """
+    inode = path.stat().st_ino
+    names: list[str] | None = None
+    position = 0
+    while names is None or position < len(names):
+        with open_tensors(path) as file:
+            if path.stat().st_ino != inode:
+                raise InputError(f"{path} was replaced while it was read: load it again")
+            names = list(file.keys()) if names is None else names
+            mapped = 0
+            while position < len(names) and mapped < _MAPPED_BYTES:
+                tensor = file.get_tensor(names[position])
+                mapped += tensor.nbytes
+                yield names[position], tensor
+                position += 1
+                del tensor
+
+
 def compare_shapes(model: ZooModule, found: Mapping[str, tuple[int, ...]], source: str, *, strict: bool = True) -> None:
     """Compare the names and shapes of stored tensors with those of a model, which may be on the meta device.
 
@@ -119,11 +152,10 @@ def require_memory(shell: ZooModule) -> None:
         )
 
 
-def check_values(shell: ZooModule, file: Any) -> None:
+def check_values(shell: ZooModule, path: Path) -> None:
     """Look at all values before the first is used: a module that was supplied stays as it is if one is wrong."""
     wanted = _own_tensors(shell)
-    for name in file.keys():  # noqa: SIM118 - a safetensors file is no dict
-        tensor = file.get_tensor(name)
+    for name, tensor in each_tensor(path):
         expected = wanted[name].dtype if name in wanted else tensor.dtype
         if tensor.dtype != expected and not (tensor.dtype in _FLOATS and expected in _FLOATS):
             raise InputError(f"model.safetensors: {name} has dtype {tensor.dtype}, expected {expected}")
@@ -131,20 +163,19 @@ def check_values(shell: ZooModule, file: Any) -> None:
             raise InputError(f"model.safetensors: {name} holds non-finite values")
 
 
-def fill_tensors(model: ZooModule, file: Any) -> None:
+def fill_tensors(model: ZooModule, path: Path) -> None:
     """Copy the values of a checked file into a model, which takes the stored dtypes.
 
     Args:
         model: the model.
-        file: what `open_tensors` returned.
+        path: the file.
     """
     wanted = _own_tensors(model)
     dtypes = set()
-    for name in file.keys():  # noqa: SIM118 - a safetensors file is no dict
+    for name, tensor in each_tensor(path):
         sized = name in model.sized_by_file and getattr(model, name) is None
         if name not in wanted and not sized:
             continue
-        tensor = file.get_tensor(name)
         if sized:
             setattr(model, name, tensor.clone())
         elif wanted[name].dtype == tensor.dtype:
@@ -170,5 +201,6 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds no NaN and no infinity; integers never do."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return True
-    # The 8-bit floats have no test of their own.
-    return bool(torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all())
+    # Piece by piece, because the test makes several copies of what it looks at. 8-bit floats have no test of their own.
+    pieces = torch.split(tensor.reshape(-1), _PIECE)
+    return all(bool(torch.isfinite(piece if tensor.element_size() > 1 else piece.float()).all()) for piece in pieces)

@@ -8,23 +8,25 @@ checkpoint never changes the configuration; and errors are one line.
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import re
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import Namespace
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from safetensors.torch import save_file
 
 import zoo
-from zoo import registry, storage
+from zoo import recipe_check, registry, run_facts, storage, transport
 from zoo.arguments import refuse_code
 from zoo.errors import InputError, nearest
 from zoo.module import ZooModule
@@ -147,17 +149,49 @@ class ZooCLI(LightningCLI):
                 if name in options.model.init_args:
                     options.model.init_args[name] = None
 
-    def after_fit(self) -> None:
-        """Store the best model of the run, or the last where no metric was monitored, in its folder."""
-        if isinstance(self.model, ZooModule) and not self._options.trainer.fast_dev_run:
-            self._store_best()
+    def before_fit(self) -> None:
+        """Note the curves and the time, for the card."""
+        self.curves = _Curves()
+        vars(self.trainer)["callbacks"].append(self.curves)
 
-    @rank_zero_only
-    def _store_best(self) -> None:
-        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+    def after_fit(self) -> None:
+        """Store the best model of the run, or the last where no metric was monitored, with its results, in its folder."""
+        if not isinstance(self.model, ZooModule) or self._options.trainer.fast_dev_run:
+            return
+        best = self.trainer.strategy.broadcast(getattr(self.trainer.checkpoint_callback, "best_model_path", ""))
         if best:
             self.model.load_state_dict(_read_checkpoint(Path(best))["state_dict"])
-        recipe = self._parser("fit").dump(self.config["fit"], skip_none=False)
+        facts = run_facts.collect(
+            self.trainer,
+            metrics={},
+            seconds=self.curves.seconds,
+            seed=self._options.seed_everything if type(self._options.seed_everything) is int else None,
+            monitor=getattr(self.trainer.checkpoint_callback, "monitor", None),
+            history=self.curves.history,
+        )
+        self.model.run_facts = {**facts, "metrics": self._results()}
+        self._store()
+
+    def _results(self) -> dict[str, dict[str, Any]]:
+        """Return the metrics of the weights that are stored, on the splits that there are."""
+        found: dict[str, Any] = {}
+        silent = {"model": self.model, "datamodule": self.datamodule, "verbose": False}
+        if getattr(self.trainer, "num_val_batches", None) and sum(self.trainer.num_val_batches):
+            found |= self.trainer.validate(**silent)[0]
+        if getattr(getattr(self.datamodule, "splits", None), "test", None) is not None:
+            found |= self.trainer.test(**silent)[0]
+        return run_facts.by_split(found)
+
+    @rank_zero_only
+    def _store(self) -> None:
+        config = self.config["fit"].clone()
+        config["ckpt_path"] = None
+        callbacks = config.trainer.callbacks
+        if isinstance(callbacks, list):  # whoever trains again does not push to this run's repository
+            config.trainer.callbacks = [c for c in callbacks if not c.class_path.endswith("PushToHub")]
+        if Path(str(config.trainer.default_root_dir)).is_absolute():  # a path of this machine is no part of a recipe
+            config.trainer.default_root_dir = f"runs/{Path(config.trainer.default_root_dir).name}"
+        recipe = self._parser("fit").dump(config, skip_none=False)
         folder = self.model.save_pretrained(self.trainer.default_root_dir, recipe=recipe)
         shown = _relative(folder)
         rank_zero_info(
@@ -203,6 +237,26 @@ class ZooCLI(LightningCLI):
         rank_zero_info(f"{_relative(path)}: {shapes}")
 
 
+class _Curves(Callback):
+    """The logged metrics of each epoch, and how long fit took."""
+
+    def __init__(self) -> None:
+        self.history: dict[str, list[list[float]]] = {}
+        self.seconds = 0.0
+        self._start = 0.0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for name, value in trainer.callback_metrics.items():
+            if math.isfinite(float(value)):
+                self.history.setdefault(name, []).append([trainer.current_epoch, float(value)])
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.seconds = time.monotonic() - self._start
+
+
 def _import_names() -> None:
     """Import components and data modules, so that their short names are known."""
     for name in registry.components():
@@ -228,6 +282,8 @@ def _resolve_configs(words: list[str]) -> list[str]:
 
 
 def _config_file(name: str) -> str:
+    if name.startswith("hf://"):
+        return _fetched_recipe(name)
     path = Path(name)
     if path.is_dir():
         recipe = storage.locate(path, "recipe.yaml")
@@ -239,6 +295,21 @@ def _config_file(name: str) -> str:
     if path.suffix in (".yaml", ".yml", ".json"):
         raise InputError(f"--config {name}: no such file")
     return str(registry.recipe_path(name))
+
+
+def _fetched_recipe(name: str) -> str:
+    """Fetch the recipe of a stored model, and use it only if nothing in it can run code."""
+    source = transport.parse_source(name)
+    assert isinstance(source, transport.Source)
+    folder, commit = transport.fetch(source, ("recipe.yaml",))
+    path = folder / "recipe.yaml"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{source.repo_id}@{commit[:8]}: recipe.yaml is no text: {error}") from error
+    recipe_check.check_recipe(text, f"{source.repo_id}@{commit[:8]}")
+    rank_zero_info(f"the recipe of {source.repo_id} at commit {commit}")
+    return str(path)
 
 
 def _train_required(requires: dict[str, str]) -> None:
@@ -258,7 +329,9 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise InputError(f"{path} is no Lightning checkpoint that can be read safely: {str(error)[:200]}") from error
+        raise InputError(
+            f"{path} is no Lightning checkpoint that can be read safely: {str(error).splitlines()[0][:200]}"
+        ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise InputError(f"{path} is no Lightning checkpoint: it has no state_dict")
     return checkpoint
