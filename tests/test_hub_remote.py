@@ -98,6 +98,18 @@ def test_push_from_python_with_pull_request_branch_and_private(hub: HubServer, r
     assert zoo(["show", "me/never"], hub, tmp_path / "d").returncode == 2
 
 
+def test_token_of_the_login(hub: HubServer, run: Path, tmp_path: Path) -> None:
+    """Without HF_TOKEN the client's stored login counts, and without either nothing is sent."""
+    nobody = zoo(["push", str(run), "me/login"], hub, tmp_path / "nobody", token=None)
+    assert nobody.returncode == 2
+    assert "HF_TOKEN" in nobody.stderr
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/token").write_text("hf_local")
+    pushed = zoo(["push", str(run), "me/login"], hub, tmp_path / "home", token=None)
+    assert pushed.returncode == 0, pushed.stderr
+    assert "hf_local" not in pushed.stdout + pushed.stderr
+
+
 def test_dry_run_and_card_send_nothing(hub: HubServer, run: Path, tmp_path: Path) -> None:
     listed = zoo(["push", str(run), "me/dry", "--dry-run"], hub, tmp_path / "a")
     assert listed.returncode == 0, listed.stderr
