@@ -7,6 +7,7 @@ is taken, values must be finite, and a seeded output must come out as it did whe
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -141,7 +142,11 @@ def _take_component(model: ZooModule) -> tuple[dict[str, Any], dict[str, Tensor]
     config = {"component": component_name(type(model)), "args": args, "supplied": supplied}
     tensors = stored_tensors(model)
     _require_finite(tensors)
-    _require_loadable(type(model), args, supplied, tensors)
+    # What was proven once for these arguments and shapes need not be built again at every version of a run.
+    proven = json.dumps([args, supplied, {name: list(tensor.shape) for name, tensor in tensors.items()}])
+    if model.__dict__.get("_proven_loadable") != proven:
+        _require_loadable(type(model), args, supplied, tensors)
+        model.__dict__["_proven_loadable"] = proven
     return {**config, "omitted": tower_facts(model), "golden": golden.record(model), "run": model.run_facts}, tensors
 
 
