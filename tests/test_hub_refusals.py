@@ -198,7 +198,7 @@ def test_bad_sizes_that_no_header_bounds(folder: Path, monkeypatch: pytest.Monke
     with pytest.raises(InputError, match=r"ask for .* GiB, and this machine has"):
         load(folder, strict=False)
 
-    monkeypatch.setattr("zoo.hub._MAX_MODULES", 200)
+    monkeypatch.setattr("zoo.construction._MAX_MODULES", 200)
     rebuild(folder, student="timm/vit_tiny_patch16_224", student_options={"depth": 5000}, num_classes=10)
     with pytest.raises(InputError, match="ask for more than 200 modules"):
         load(folder)

@@ -29,7 +29,7 @@ REQUESTS = {
     "second commit": (("POST", "/commit/", 2, 0), True, True),
 }
 CALLS = {
-    "first version not written": (("zoo.hub", "save_file", 1), False, False),
+    "first version not written": (("zoo.storing", "save_file", 1), False, False),
     "first version not in place": (("zoo.storage", "_finish", 2), False, True),
     "second version not in place": (("zoo.storage", "_finish", 4), None, True),
     "old version not deleted": (("zoo.callbacks.push_to_hub", "_staged", 3), True, True),

@@ -2,44 +2,28 @@
 
 Nothing that is read chooses code or relaxes a check: the component and the towers are looked up by name in registries, keys
 and types are checked against the constructor, shapes are compared with the file's header on the meta device before memory
-is taken, values must be finite, and a seeded output must come out as it did when the model was stored.
+is taken, values must be finite, and a seeded output must come out as it did when the model was stored. This file reads;
+`zoo.storing` writes.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
+from torch import nn
 
-from zoo import golden, plain_weights, publish, storage, transport
-from zoo.arguments import Supplied, decode, encode, parameter_names
+from zoo import golden, plain_weights, storage, transport
+from zoo.arguments import Supplied, decode, parameter_names
+from zoo.construction import construct
 from zoo.errors import InputError, nearest
-from zoo.named_networks import BUILD_ERRORS, reason
-from zoo.registry import component_class, component_name
-from zoo.stored_config import FORMAT, dump_config, read_config
-from zoo.stored_tensors import (
-    check_values,
-    compare_shapes,
-    fill_tensors,
-    is_finite,
-    open_tensors,
-    require_memory,
-    stored_tensors,
-)
-from zoo.towers import fingerprint, has_weights, without_weights
+from zoo.registry import component_class
+from zoo.stored_config import read_config
+from zoo.stored_tensors import check_values, compare_shapes, fill_tensors, open_tensors, require_memory
+from zoo.storing import Snapshot, push, save, snapshot, tower_facts
+from zoo.towers import has_weights
 
 if TYPE_CHECKING:
     from zoo.module import ZooModule
@@ -56,217 +40,6 @@ __all__ = [
     "snapshot",
     "tower_facts",
 ]
-
-_PACKAGES = ("lightning-zoo", "torch", "lightning", "timm", "torchvision")
-# Far above any network; a stored configuration may not ask for a depth whose modules alone fill the memory.
-_MAX_MODULES = 1 << 16
-
-
-# -- writing -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A model at one moment, ready to be written; it shares no memory with the model unless it was taken so.
-
-    Attributes:
-        config: the configuration without the hash of the weights.
-        tensors: the tensors to store, on the CPU.
-        recipe: the LightningCLI configuration of the run as YAML text.
-    """
-
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
-    recipe: str | None = None
-
-    def write(self, folder: Path) -> Path:
-        """Store it in a folder, at one stroke, with a model card; needs neither the model nor the main thread.
-
-        Args:
-            folder: the folder, created if needed; files that are not part of the format stay.
-
-        Returns:
-            The folder.
-
-        Raises:
-            InputError: the arguments are too large; what was stored before is untouched.
-        """
-        digest = fingerprint(self.tensors)
-        text = dump_config({**self.config, "weights": {"sha256": digest}})
-
-        def fill(staging: Path) -> None:
-            (staging / "config.json").write_text(text, encoding="utf-8")
-            # One key: safetensors writes several in a random order, and equal models must be equal files.
-            save_file(self.tensors, staging / "model.safetensors", metadata={"sha256": digest})
-            # safetensors lets the owner alone read it; the umask decides, as for any other file.
-            shutil.copymode(staging / "config.json", staging / "model.safetensors")
-            if self.recipe is not None:
-                (staging / "recipe.yaml").write_text(self.recipe, encoding="utf-8")
-            publish.write_card(staging, existing=publish.read_text(folder, "README.md"))
-
-        storage.write(folder, fill)
-        return folder
-
-
-def snapshot(
-    model: pl.LightningModule, *, recipe: str | None = None, run: dict[str, Any] | None = None, copy: bool = True
-) -> Snapshot:
-    """Take what is to be stored of a model.
-
-    Args:
-        model: a `ZooModule`, or any LightningModule, of which the plain weights and the JSON hyper-parameters are taken.
-        recipe: the LightningCLI configuration of the run as YAML text.
-        run: facts of the run for the card; see `run_facts`.
-        copy: copy the tensors, so that training can go on before they are written.
-
-    Raises:
-        InputError: an argument has no JSON form or not the annotated type, a tensor is not finite, the arguments do not
-            build this model (a layer was exchanged), or the class is not registered.
-    """
-    from zoo.module import ZooModule
-
-    if isinstance(model, ZooModule):
-        config, tensors = _take_component(model)
-    else:
-        config, tensors = plain_weights.take(model)
-        _require_finite(tensors)
-    config = {"zoo_format": FORMAT, "versions": _versions(), **config, "run": run if run is not None else config["run"]}
-    if copy:
-        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    return Snapshot(config, tensors, recipe)
-
-
-def _take_component(model: ZooModule) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    args = {name: encode(name, v) for name, v in model._arguments.items() if not isinstance(v, Supplied)}
-    supplied = {name: v.type_name for name, v in model._arguments.items() if isinstance(v, Supplied)}
-    config = {"component": component_name(type(model)), "args": args, "supplied": supplied}
-    tensors = stored_tensors(model)
-    _require_finite(tensors)
-    # What was proven once for these arguments and shapes need not be built again at every version of a run.
-    proven = json.dumps([args, supplied, {name: list(tensor.shape) for name, tensor in tensors.items()}])
-    if model.__dict__.get("_proven_loadable") != proven:
-        _require_loadable(type(model), args, supplied, tensors)
-        model.__dict__["_proven_loadable"] = proven
-    return {**config, "omitted": tower_facts(model), "golden": golden.record(model), "run": model.run_facts}, tensors
-
-
-def _require_finite(tensors: dict[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if not is_finite(tensor):
-            raise InputError(f"{name} holds non-finite values: the model is not stored, and what was stored stays")
-
-
-def save(
-    model: pl.LightningModule, folder: Path, *, recipe: str | None = None, run: dict[str, Any] | None = None
-) -> Path:
-    """Store a model in a folder, at one stroke.
-
-    Args:
-        model: the model; its mode, its gradients and the random generators are as before afterwards.
-        folder: the folder, created if needed; files that are not part of the format stay.
-        recipe: the LightningCLI configuration of the run as YAML text.
-        run: facts of the run for the card; those that the model was loaded with if omitted.
-
-    Returns:
-        The folder.
-
-    Raises:
-        InputError: see `snapshot` and `Snapshot.write`; what was stored before is untouched.
-    """
-    return snapshot(model, recipe=recipe, run=run, copy=False).write(folder)
-
-
-def push(
-    model_or_folder: pl.LightningModule | str | Path, repo_id: str, *, recipe: str | None = None, **options: Any
-) -> transport.Push:
-    """Send a model, or a stored model's folder, to the Hub.
-
-    Args:
-        model_or_folder: the model, or the folder of a stored one.
-        repo_id: ``owner/name``; it is created if needed.
-        recipe: see `save`; for a model only.
-        **options: see `zoo.publish.push_folder`.
-
-    Returns:
-        What was sent.
-
-    Raises:
-        InputError: the model cannot be stored, holds what looks like a secret, or the Hub refuses.
-    """
-    if isinstance(model_or_folder, str | Path):
-        return publish.push_folder(Path(model_or_folder), repo_id, **options)
-    with tempfile.TemporaryDirectory(prefix="zoo-store-") as folder:
-        save(model_or_folder, Path(folder), recipe=recipe)
-        return publish.push_folder(Path(folder), repo_id, **options)
-
-
-def tower_facts(model: ZooModule) -> dict[str, dict[str, Any]]:
-    """Return name, revision and fingerprint of each frozen tower that is not stored with the model.
-
-    Of a tower that only training needs and that was not built at load, this is what the stored configuration said.
-    """
-    attached = {
-        attribute: {
-            "name": tower.name,
-            "revision": tower.revision,
-            "sha256": tower.fingerprint,
-            "training_only": attribute in model.training_only,
-        }
-        for attribute, tower in model.frozen_towers.items()
-    }
-    return {**model._unbuilt_towers, **attached}
-
-
-def check_towers(model: ZooModule, facts: Mapping[str, Mapping[str, Any]]) -> None:
-    """Compare the frozen towers of a model with recorded fingerprints.
-
-    Args:
-        model: a model with its towers.
-        facts: what `tower_facts` returned when it was stored.
-
-    Raises:
-        InputError: a tower's weights differ.
-    """
-    for attribute, tower in model.frozen_towers.items():
-        recorded = facts.get(attribute)
-        if recorded is None or recorded["sha256"] == tower.fingerprint:
-            continue
-        remedy = f"pass {attribute}=… with the network that was used"
-        if tower.name is not None and not has_weights(tower.name):
-            remedy = (
-                f"{tower.name!r} is a bare architecture with random weights, so it never comes out the same: {remedy}"
-            )
-        raise InputError(
-            f"the {attribute} ({tower.name or 'a module'}) is not the one this model was trained with: its weights have "
-            f"SHA-256 {tower.fingerprint[:12]}…, expected {recorded['sha256'][:12]}…; {remedy}"
-        )
-
-
-def _require_loadable(
-    cls: type[ZooModule], args: dict[str, Any], supplied: dict[str, str], tensors: dict[str, Tensor]
-) -> None:
-    """Refuse to store what could not be loaded, while the model is still in memory."""
-    arguments = decode(cls, args)
-    for name in cls.training_only:
-        if name in args or name in supplied:
-            arguments[name] = None
-    if supplied.keys() - cls.training_only:
-        return  # the network that will be supplied is not known
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    compare_shapes(_build(cls, arguments, meta=True), shapes, "the model to be stored")
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-# -- reading -------------------------------------------------------------------------------------------------------
 
 
 def from_pretrained(
@@ -313,20 +86,14 @@ def from_pretrained(
     config = read_config(folder)
     cls = _expected_class(config, expected)
     arguments = _arguments(cls, config, overrides, for_training=for_training)
-    weights = storage.locate(folder, "model.safetensors")
-    if weights is None:
-        raise InputError(f"{folder} has no model.safetensors: it is not a whole stored model")
+    weights = _locate_weights(folder, config)
     with open_tensors(weights) as file:
-        if (file.metadata() or {}).get("sha256") != config["weights"]["sha256"]:
-            raise InputError(
-                f"{folder}: config.json and model.safetensors come from different saves; store or pull it anew"
-            )
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no dict
-    shell = _build(cls, arguments, meta=True)
+    shell = construct(cls, arguments, meta=True)
     compare_shapes(shell, shapes, "model.safetensors", strict=strict)
     require_memory(shell)
     check_values(shell, weights)
-    model = _build(cls, arguments, meta=False)
+    model = construct(cls, arguments, meta=False)
     fill_tensors(model, weights)
     unknown = model.frozen_towers.keys() - config["omitted"].keys() - overrides.keys()
     if unknown:
@@ -361,14 +128,7 @@ def load_weights(source: str | Path, module: nn.Module, *, strict: bool = True, 
     """
     folder, _ = transport.resolve(source, **options)
     config = read_config(folder)
-    weights = storage.locate(folder, "model.safetensors")
-    if weights is None:
-        raise InputError(f"{folder} has no model.safetensors: it is not a whole stored model")
-    with open_tensors(weights) as file:
-        if (file.metadata() or {}).get("sha256") != config["weights"]["sha256"]:
-            raise InputError(
-                f"{folder}: config.json and model.safetensors come from different saves; store or pull it anew"
-            )
+    with open_tensors(_locate_weights(folder, config)) as file:
         plain_weights.put(module, file, strict=strict)
     return module
 
@@ -384,7 +144,20 @@ def load_network(name: str, *, weights: bool = True) -> nn.Module:
         return from_pretrained(name).network
     config = read_config(transport.resolve(name)[0])
     cls = _expected_class(config, None)
-    return _build(cls, _arguments(cls, config, {}, for_training=False), meta=False).network
+    return construct(cls, _arguments(cls, config, {}, for_training=False), meta=False).network
+
+
+def _locate_weights(folder: Path, config: dict[str, Any]) -> Path:
+    """Return the weights' file, once it is known to be of the same save as the configuration."""
+    weights = storage.locate(folder, "model.safetensors")
+    if weights is None:
+        raise InputError(f"{folder} has no model.safetensors: it is not a whole stored model")
+    with open_tensors(weights) as file:
+        if (file.metadata() or {}).get("sha256") != config["weights"]["sha256"]:
+            raise InputError(
+                f"{folder}: config.json and model.safetensors come from different saves; store or pull it anew"
+            )
+    return weights
 
 
 def _expected_class(config: dict[str, Any], expected: type[ZooModule] | None) -> type[ZooModule]:
@@ -448,32 +221,26 @@ def _remember_unbuilt(model: ZooModule, config: dict[str, Any]) -> None:
     model._unbuilt_towers.update({name: facts for name, facts in config["omitted"].items() if facts["training_only"]})
 
 
-def _build(cls: type[ZooModule], arguments: dict[str, Any], *, meta: bool) -> ZooModule:
-    """Construct without touching the global random state; on the meta device no memory is taken."""
-    device = torch.device("meta") if meta else nullcontext()
-    try:
-        with isolate_rng(include_cuda=False), without_weights("all" if meta else "trained"), _bounded(), device:
-            return cls(**arguments)
-    except InputError:
-        raise
-    except BUILD_ERRORS as error:
-        shown = {name: value for name, value in arguments.items() if not isinstance(value, nn.Module)}
-        raise InputError(f"{cls.__name__} cannot be built from args {str(shown)[:500]}: {reason(error)}") from error
+def check_towers(model: ZooModule, facts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Compare the frozen towers of a model with recorded fingerprints.
 
+    Args:
+        model: a model with its towers.
+        facts: what `tower_facts` returned when it was stored.
 
-@contextmanager
-def _bounded() -> Iterator[None]:
-    """Stop a construction that makes more modules than any network has."""
-    count = 0
-
-    def count_module(_module: nn.Module, _name: str, _child: nn.Module | None) -> None:
-        nonlocal count
-        count += 1
-        if count > _MAX_MODULES:
-            raise InputError(f"the arguments in config.json ask for more than {_MAX_MODULES} modules")
-
-    handle = register_module_module_registration_hook(count_module)
-    try:
-        yield
-    finally:
-        handle.remove()
+    Raises:
+        InputError: a tower's weights differ.
+    """
+    for attribute, tower in model.frozen_towers.items():
+        recorded = facts.get(attribute)
+        if recorded is None or recorded["sha256"] == tower.fingerprint:
+            continue
+        remedy = f"pass {attribute}=… with the network that was used"
+        if tower.name is not None and not has_weights(tower.name):
+            remedy = (
+                f"{tower.name!r} is a bare architecture with random weights, so it never comes out the same: {remedy}"
+            )
+        raise InputError(
+            f"the {attribute} ({tower.name or 'a module'}) is not the one this model was trained with: its weights have "
+            f"SHA-256 {tower.fingerprint[:12]}…, expected {recorded['sha256'][:12]}…; {remedy}"
+        )

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from zoo.arguments import encode, refuse_code
 from zoo.errors import InputError
-from zoo.stored_tensors import is_finite
+from zoo.stored_tensors import is_finite, on_cpu
 
 __all__ = ["put", "take"]
 
@@ -46,22 +46,12 @@ def take(model: pl.LightningModule) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """Return a module's state on the CPU, no two tensors with the same memory; of tied ones only the first name."""
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    memory: set[int] = set()
-    for name, tensor in _state(module).items():
+    state = _state(module)
+    for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise InputError(f"{name} is no tensor but {type(tensor).__name__}: safetensors cannot hold it")
         _require_plain(name, tensor)
-        if id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
-        own = tensor.detach().to("cpu").contiguous()
-        if own.untyped_storage().data_ptr() in memory:
-            own = own.clone()
-        memory.add(own.untyped_storage().data_ptr())
-        found[name] = own
-    return found
+    return on_cpu(state)
 
 
 def put(module: nn.Module, file: Any, *, strict: bool) -> None:

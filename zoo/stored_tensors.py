@@ -23,6 +23,7 @@ __all__ = [
     "each_tensor",
     "fill_tensors",
     "is_finite",
+    "on_cpu",
     "open_tensors",
     "require_memory",
     "stored_tensors",
@@ -36,10 +37,15 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def stored_tensors(model: ZooModule) -> dict[str, Tensor]:
     """Return the tensors to store, on the CPU, each with memory of its own; of tied ones only the first name."""
-    stored: dict[str, Tensor] = {}
+    return on_cpu(_own_tensors(model))
+
+
+def on_cpu(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors on the CPU, contiguous, no two with the same memory; of tied ones only the first name."""
+    found: dict[str, Tensor] = {}
     seen: set[int] = set()
     memory: set[int] = set()
-    for name, tensor in _own_tensors(model).items():
+    for name, tensor in named.items():
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
@@ -47,8 +53,8 @@ def stored_tensors(model: ZooModule) -> dict[str, Tensor]:
         if own.untyped_storage().data_ptr() in memory:
             own = own.clone()
         memory.add(own.untyped_storage().data_ptr())
-        stored[name] = own
-    return stored
+        found[name] = own
+    return found
 
 
 def _own_tensors(model: ZooModule) -> dict[str, Tensor]:
