@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from zoo.errors import InputError, nearest
 
-__all__ = ["FeatureTap"]
+__all__ = ["FeatureTap", "OutputTap"]
 
 
 class FeatureTap:
@@ -149,6 +149,61 @@ class FeatureTap:
     def _capture(self, index: int, _module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._listening:
             self._inputs[index] = args[0]
+
+
+class OutputTap:
+    """The output of a network that returns embeddings, with the interface of `FeatureTap`.
+
+    Args:
+        network: a network with an attribute ``output_dim``.
+
+    Raises:
+        InputError: ``output_dim`` is no positive integer.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.heads: tuple[str, ...] = ()
+        dim: Any = network.output_dim
+        if not isinstance(dim, int) or dim < 1:
+            raise InputError(f"output_dim of {type(network).__name__} must be a positive integer, got {dim!r}")
+        self.dim = dim
+
+    @property
+    def num_classes(self) -> int:
+        """There is none.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(f"{type(self.network).__name__} returns embeddings and has no classifier")
+
+    def install(self) -> None:
+        """Do nothing: the output needs no hook."""
+
+    def remove(self) -> None:
+        """Do nothing: the output needs no hook."""
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the network once.
+
+        Args:
+            x: input of the network, (B, …).
+
+        Returns:
+            The embeddings (B, D), twice.
+
+        Raises:
+            InputError: the network did not return one vector of width ``output_dim`` per sample.
+        """
+        output = self.network(x)
+        if not isinstance(output, Tensor) or output.shape != (len(x), self.dim):
+            shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise InputError(
+                f"{type(self.network).__name__} returned {shape}, expected embeddings ({len(x)}, {self.dim}): its "
+                "output_dim is the width of what it returns"
+            )
+        return output, output
 
 
 def _find_heads(network: nn.Module) -> tuple[tuple[str, ...], ...]:

@@ -1,4 +1,4 @@
-"""Plain networks by tower name (the table of names is in `zoo.towers`), built from timm, torchvision, the zoo or a folder.
+"""Plain networks by tower name, built from timm, torchvision, open_clip, the zoo or a folder; `zoo.towers` has the table.
 
 Names and options may come from a stored configuration, so what they can do is bounded: options that choose files, devices
 or another kind of network are refused, and so are numbers that no architecture has.
@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from zoo.errors import InputError, nearest
 from zoo.features import FeatureTap
+from zoo.open_clip_networks import build_side
 
 __all__ = ["BUILD_ERRORS", "build", "has_weights", "reason"]
 
@@ -52,7 +53,14 @@ _WITH_WEIGHTS = {
 _Options = dict[str, Any]
 
 
-def build(name: str, num_classes: int | None, options: Mapping[str, Any], *, weights: bool) -> nn.Module:
+def build(
+    name: str,
+    num_classes: int | None,
+    options: Mapping[str, Any],
+    *,
+    weights: bool,
+    modality: str | None = None,
+) -> nn.Module:
     """Build a network.
 
     Args:
@@ -60,6 +68,7 @@ def build(name: str, num_classes: int | None, options: Mapping[str, Any], *, wei
         num_classes: size of the classifier; None keeps the network's own.
         options: keyword arguments of the builder.
         weights: fetch the weights that the name stands for; otherwise random ones in the same architecture.
+        modality: the side of a network that has several.
 
     Raises:
         InputError: an unknown name (the nearest are shown), an option that cannot be used, or weights that cannot be
@@ -68,12 +77,19 @@ def build(name: str, num_classes: int | None, options: Mapping[str, Any], *, wei
     if _is_stored(name):
         return _build_stored(name, num_classes, options, weights)
     family, _, architecture = name.partition("/")
-    if family not in _BUILDERS or not architecture:
+    families = (*_BUILDERS, "open_clip")
+    if family not in families or not architecture:
         raise InputError(
-            f"no tower named {name!r}: a name begins with {', '.join(f'{key}/' for key in _BUILDERS)} or is the path of a "
-            f"stored model, beginning with . or /.{nearest(family, _BUILDERS)}"
+            f"no tower named {name!r}: a name begins with {', '.join(f'{key}/' for key in families)} or is the path of a "
+            f"stored model, beginning with . or /.{nearest(family, families)}"
         )
     _check_options(name, options)
+    if family == "open_clip":
+        if num_classes is not None:
+            raise InputError(
+                f"{name!r} has no classifier, so num_classes={num_classes} cannot be met: it gives embeddings"
+            )
+        return _construct(name, lambda given: build_side(name, modality, given, weights=weights), dict(options))
     if num_classes is not None:
         options = {**options, "num_classes": num_classes}
     return _BUILDERS[family](name, dict(options), weights)
@@ -87,7 +103,7 @@ def has_weights(name: object) -> bool:
         return True
     family, _, rest = name.partition("/")
     return (family == "timm" and ("." in rest or rest.startswith("hf-hub:"))) or (
-        family == "torchvision" and "/" in rest
+        family in ("torchvision", "open_clip") and "/" in rest
     )
 
 

@@ -1,4 +1,4 @@
-"""Networks by name: timm, torchvision, the zoo's own architectures, and stored zoo models.
+"""Networks by name: timm, torchvision, open_clip, the zoo's own architectures, and stored zoo models.
 
 ==============================================  =====================================================================
 name                                            network
@@ -8,10 +8,17 @@ name                                            network
 ``timm/hf-hub:org/name@revision``               a timm model on the Hub
 ``torchvision/resnet50``                        random weights
 ``torchvision/resnet50/IMAGENET1K_V2``          those weights
+``open_clip/ViT-B-32``                          one side of a CLIP model, random weights; ``modality`` says which
+``open_clip/ViT-B-32/laion2b_s34b_b79k``        those weights
 ``zoo/resnet20``                                our architectures (``zoo.architectures``), random weights
 ``./runs/nd-digits``, ``/models/nd-digits``     the deployable network of a stored zoo model (a path begins with . or /)
+``hf://owner/name@revision``                    the same from the Hub
 an ``nn.Module``                                itself
 ==============================================  =====================================================================
+
+A tower that is created with ``embedding=True`` gives embeddings: the output of a network that has an attribute
+``output_dim`` (both sides of open_clip's models, stored contrastive models, your own encoders), and the input of the
+classifier of any other.
 """
 
 from __future__ import annotations
@@ -28,8 +35,9 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import InputError, nearest
-from zoo.features import FeatureTap
+from zoo.features import FeatureTap, OutputTap
 from zoo.named_networks import build, has_weights
+from zoo.open_clip_networks import build_tokenizer, build_transform
 
 __all__ = ["Tower", "create", "fingerprint", "has_weights", "tower_options", "without_weights"]
 
@@ -48,6 +56,7 @@ class Tower(nn.Module):
         frozen: keep it in eval mode through ``train()``, without gradients for its parameters.
         heads: names of the classifier modules, found if omitted.
         revision: the revision of its weights, where the name carries one.
+        embedding: take the output of the network for its features, where the network has an ``output_dim``.
 
     Attributes:
         network: the plain network.
@@ -65,13 +74,15 @@ class Tower(nn.Module):
         frozen: bool = False,
         heads: tuple[str, ...] = (),
         revision: str | None = None,
+        embedding: bool = False,
     ) -> None:
         super().__init__()
         self.network = network
         self.name = name
         self.frozen = frozen
         self.revision = revision
-        self.tap = FeatureTap(network, heads)
+        whole = embedding and not heads and getattr(network, "output_dim", None) is not None
+        self.tap: FeatureTap | OutputTap = OutputTap(network) if whole else FeatureTap(network, heads)
         if frozen:
             network.requires_grad_(requires_grad=False)
         self.train(self.training)
@@ -100,6 +111,19 @@ class Tower(nn.Module):
             InputError: nothing records how the inputs of this network are prepared.
         """
         return _evaluation_transform(self)
+
+    @property
+    def tokenizer(self) -> Callable[[list[str]], Tensor]:
+        """The tokenizer of a text network: texts -> token numbers (B, context_length), int64.
+
+        Raises:
+            InputError: the network has no ``context_length``, so it reads no text.
+        """
+        length = getattr(self.network, "context_length", None)
+        if length is None:
+            raise InputError(f"{self.name or type(self.network).__name__} reads no text: it has no context_length")
+        clip = self.name if self.name and self.name.startswith("open_clip/") else None
+        return build_tokenizer(clip, int(length))
 
     def train(self, mode: bool = True) -> Tower:
         """Set training mode, except for a frozen network, which stays in eval mode."""
@@ -183,6 +207,8 @@ def create(
     frozen: bool = False,
     num_classes: int | None = None,
     head: str | None = None,
+    embedding: bool = False,
+    modality: str | None = None,
     **options: Any,
 ) -> Tower:
     """Build a tower by name, or wrap a module.
@@ -193,6 +219,8 @@ def create(
         num_classes: size of the classifier; with weights that have another size the classifier starts at random, as in
             timm. Without it the network keeps its own.
         head: name of the classifier module, found if omitted.
+        embedding: see `Tower`.
+        modality: ``"image"`` or ``"text"``: the side of an open_clip model.
         **options: passed to the builder, such as ``in_chans=1`` or ``drop_path_rate=0.1`` for timm.
 
     Returns:
@@ -213,7 +241,7 @@ def create(
     if isinstance(name, nn.Module):
         if options:
             raise InputError(f"options {sorted(options)} cannot be applied to a network that is built already")
-        tower = Tower(name, frozen=frozen, heads=heads)
+        tower = Tower(name, frozen=frozen, heads=heads, embedding=embedding)
         _require_classes(tower, num_classes, type(name).__name__)
         return tower
     if not isinstance(name, str):
@@ -221,9 +249,9 @@ def create(
     if num_classes is not None and num_classes < 1:
         raise InputError(f"num_classes must be positive, got {num_classes}")
     weights = _skip.get() == "none" or (frozen and _skip.get() == "trained")
-    network = build(name, num_classes, options, weights=weights)
+    network = build(name, num_classes, options, weights=weights, modality=modality)
     revision = name.rpartition("@")[2] if "@" in name else None
-    tower = Tower(network, name=name, frozen=frozen, heads=heads, revision=revision)
+    tower = Tower(network, name=name, frozen=frozen, heads=heads, revision=revision, embedding=embedding)
     _require_classes(tower, num_classes, name)
     return tower
 
@@ -252,7 +280,7 @@ def tower_options(argument: str, options: dict[str, Any] | None) -> dict[str, An
     Raises:
         InputError: ``num_classes``, ``head`` or ``frozen`` stands among them.
     """
-    taken = sorted({"num_classes", "head", "frozen"} & (options or {}).keys())
+    taken = sorted({"num_classes", "head", "frozen", "embedding", "modality"} & (options or {}).keys())
     if taken:
         raise InputError(f"{argument} may not hold {', '.join(taken)}: the module has arguments of its own for that")
     return options or {}
@@ -291,6 +319,8 @@ def _evaluation_transform(tower: Tower) -> Callable[[Any], Tensor]:
 
         config = resolve_model_data_config(tower.network)  # type: ignore[no-untyped-call]
         return create_transform(**config)  # type: ignore[no-any-return]
+    if name.startswith("open_clip/") and hasattr(tower.network, "preprocess_cfg"):
+        return build_transform(tower.network)
     if name.startswith("torchvision/") and has_weights(name):
         from torchvision import models
 
