@@ -83,5 +83,5 @@ def test_bad_embeddings() -> None:
         _ = towers.create(Encoder(), embedding=True).num_classes
     with pytest.raises(InputError, match="reads no text"):
         _ = towers.create(Encoder(), embedding=True).tokenizer
-    with pytest.raises(InputError, match="num_classes, 4|has no classifier|returns embeddings"):
+    with pytest.raises(InputError, match="returns embeddings"):
         towers.create(Encoder(), embedding=True, num_classes=4)
