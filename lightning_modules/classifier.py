@@ -38,7 +38,7 @@ class Classifier(ClassificationModule):
 
     def __init__(
         self,
-        student: str | nn.Module,
+        student: str | dict[str, Any] | nn.Module,
         num_classes: int | None = None,
         *,
         student_options: dict[str, Any] | None = None,

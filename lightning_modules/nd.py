@@ -119,7 +119,7 @@ class NDDistillation(ClassificationModule):
 
     def __init__(
         self,
-        student: str | nn.Module,
+        student: str | dict[str, Any] | nn.Module,
         teacher: str | nn.Module | None = None,
         num_classes: int | None = None,
         *,

@@ -21,7 +21,7 @@ _REPO = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 _DATA_SET = re.compile(rf"hf://datasets/({_REPO})(?:@[^/]*)?(?:/|\Z)", re.ASCII)
 _FAMILY = re.compile(r"(?:timm|torchvision|open_clip|zoo)/.|hf://.")
 # Arguments that hold a network, so that a path in them is the place of a stored model and not of data.
-_NETWORKS = ("backbone", "encoder", "network", "student", "teacher")
+_NETWORKS = ("backbone", "encoder", "frozen", "network", "student", "teacher", "trained")
 _NOT_FINITE = frozenset({"nan", "inf", "+inf", "-inf", "infinity", "-infinity"})
 
 
@@ -206,6 +206,13 @@ def _origins(config: Mapping[str, Any], args: dict[str, Any]) -> Iterator[Origin
     for part, name in args.items():
         if part not in omitted and isinstance(name, str) and _is_network(part, name, args):
             yield _origin(part, name)
+        if isinstance(name, Mapping) and {"component", "source", "sha256"} <= name.keys():
+            # The network of another stored model, whose weights are part of this one.
+            source = str(name["source"])
+            repo = _hub_repository(source)
+            see = f"https://huggingface.co/{repo}" if repo else "the card of that model"
+            label = f"{name['component']} {source}"
+            yield Origin(public(part), public(label), repo=repo, see=see, sha256=public(str(name["sha256"])))
 
 
 def _is_network(part: str, name: str, args: dict[str, Any]) -> bool:

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Snapshot",
+    "build_network",
     "check_towers",
+    "describe_network",
     "from_pretrained",
     "load_network",
     "load_weights",
@@ -133,18 +135,58 @@ def load_weights(source: str | Path, module: nn.Module, *, strict: bool = True, 
     return module
 
 
-def load_network(name: str, *, weights: bool = True) -> nn.Module:
-    """Return the deployable network of a stored model, for `zoo.towers`.
+def load_network(name: str) -> nn.Module:
+    """Return the deployable network of a stored model with its weights, for `zoo.towers`.
 
     Args:
-        name: the path of its folder.
-        weights: load its weights; otherwise the architecture with random ones.
+        name: the place of the stored model.
     """
-    if weights:
-        return from_pretrained(name).network
+    return from_pretrained(name).network
+
+
+def describe_network(name: str) -> dict[str, Any]:
+    """Return what builds the architecture of a stored model's network, so that another file can hold it.
+
+    Args:
+        name: the place of the stored model.
+
+    Returns:
+        JSON values: ``component`` and ``args`` as in its configuration, without what only training needs; ``source``, the
+        last part of its place; ``sha256`` of its weights.
+
+    Raises:
+        InputError: it is no stored model, or a part of it was a ready module.
+    """
     config = read_config(transport.resolve(name)[0])
     cls = _expected_class(config, None)
-    return construct(cls, _arguments(cls, config, {}, for_training=False), meta=False).network
+    needed = config["supplied"].keys() - set(cls.training_only)
+    if needed:
+        raise InputError(
+            f"{name}: {sorted(needed)} were ready modules when it was stored; give the network as a module"
+        )
+    args = {key: None if key in cls.training_only else value for key, value in config["args"].items()}
+    source = name.rstrip("/") if name.startswith("hf://") else Path(name).name
+    return {
+        "component": config["component"], "args": args, "source": source, "sha256": config["weights"]["sha256"],
+    }  # fmt: skip
+
+
+def build_network(description: Mapping[str, Any]) -> nn.Module:
+    """Return the network of a description with random weights.
+
+    Args:
+        description: what `describe_network` returned; it may come from a stored configuration, so it is checked.
+
+    Raises:
+        InputError: it describes no component's network.
+    """
+    kinds = {"component": str, "args": dict, "source": str, "sha256": str}
+    for key in (*description, *kinds):
+        if key not in kinds or not isinstance(description.get(key), kinds[key]):
+            raise InputError(f"the description of a network must have {', '.join(kinds)}; {key} is missing or wrong")
+    cls = _expected_class(dict(description), None)
+    arguments = decode(cls, description["args"])
+    return construct(cls, arguments, meta=torch.get_default_device().type == "meta").network
 
 
 def _locate_weights(folder: Path, config: dict[str, Any]) -> Path:

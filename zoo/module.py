@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from zoo import hub, transport
 from zoo.arguments import Supplied, capture, encode
 from zoo.errors import InputError
-from zoo.towers import Tower
+from zoo.towers import Tower, has_public_weights, self_contained
 
 __all__ = ["ZooModule"]
 
@@ -33,6 +33,8 @@ class ZooModule(pl.LightningModule):
         training_only: names of the attributes that only training needs, and of the constructor arguments that are set to
             None when a stored model is loaded for inference. Their tensors are not stored.
         sized_by_file: names of buffers that may be None after construction and take their shape from the stored file.
+        stored_towers: names of the constructor arguments that may be a frozen tower which is stored with the model, because
+            its weights have no public name.
         example_shape: shape of one input, (C, H, W) for images; recorded from the first batch, used for the golden output.
         hub_folder: the folder that the model was loaded from, if it was.
         hub_commit: the commit on the Hub that it was loaded from, if it was.
@@ -42,6 +44,7 @@ class ZooModule(pl.LightningModule):
     deployable: ClassVar[str] = ""
     training_only: ClassVar[tuple[str, ...]] = ()
     sized_by_file: ClassVar[tuple[str, ...]] = ()
+    stored_towers: ClassVar[tuple[str, ...]] = ()
 
     example_shape: tuple[int, ...] | None = None
     hub_folder: Path | None = None
@@ -60,6 +63,10 @@ class ZooModule(pl.LightningModule):
         super().__init__()
         arguments: dict[str, Any] = self._arguments
         kept = {}
+        for name in {self.deployable, *self.stored_towers} & arguments.keys():
+            # The place of a stored model may not exist where this one is loaded, and its weights are stored here.
+            if name == self.deployable or not has_public_weights(arguments[name]):
+                arguments[name] = self_contained(arguments[name])
         for name, value in arguments.items():
             if isinstance(value, Supplied):
                 continue

@@ -23,7 +23,7 @@ from zoo.errors import InputError, nearest
 from zoo.features import FeatureTap
 from zoo.open_clip_networks import build_side
 
-__all__ = ["BUILD_ERRORS", "build", "has_weights", "reason"]
+__all__ = ["BUILD_ERRORS", "build", "has_public_weights", "has_weights", "is_stored", "reason"]
 
 # What constructors raise when they are given values that they cannot use.
 BUILD_ERRORS = (
@@ -74,7 +74,7 @@ def build(
         InputError: an unknown name (the nearest are shown), an option that cannot be used, or weights that cannot be
             fetched.
     """
-    if _is_stored(name):
+    if is_stored(name):
         return _build_stored(name, num_classes, options, weights)
     family, _, architecture = name.partition("/")
     families = (*_BUILDERS, "open_clip")
@@ -99,7 +99,7 @@ def has_weights(name: object) -> bool:
     """Whether a tower name stands for given weights, so that the same name builds the same network again."""
     if not isinstance(name, str):
         return False
-    if _is_stored(name):
+    if is_stored(name):
         return True
     family, _, rest = name.partition("/")
     return (family == "timm" and ("." in rest or rest.startswith("hf-hub:"))) or (
@@ -107,14 +107,19 @@ def has_weights(name: object) -> bool:
     )
 
 
+def has_public_weights(name: object) -> bool:
+    """Whether a tower name stands for weights that others can fetch by it: any with weights but a folder of this machine."""
+    return has_weights(name) and not str(name).startswith((".", "/", "~"))
+
+
+def is_stored(name: str) -> bool:
+    """Whether a tower name is the place of a stored zoo model."""
+    return name.startswith((".", "/", "~", "hf://"))
+
+
 def reason(error: BaseException) -> str:
     """Return the kind and the first line of an error; torch's go on with the stack of its C++ code."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:300]}"
-
-
-def _is_stored(name: str) -> bool:
-    """Whether a tower name is the place of a stored zoo model."""
-    return name.startswith((".", "/", "~", "hf://"))
 
 
 def _build_timm(name: str, options: _Options, weights: bool) -> nn.Module:
@@ -195,7 +200,7 @@ def _build_stored(name: str, num_classes: int | None, options: Mapping[str, Any]
 
     if options:
         raise InputError(f"options {sorted(options)} cannot be applied to the stored model {name!r}")
-    network = hub.load_network(name, weights=weights)
+    network = hub.load_network(name) if weights else hub.build_network(hub.describe_network(name))
     if num_classes is not None and FeatureTap(network).num_classes != num_classes:
         raise InputError(
             f"the stored model {name!r} has {FeatureTap(network).num_classes} classes, expected {num_classes}"

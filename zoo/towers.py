@@ -13,6 +13,7 @@ name                                            network
 ``zoo/resnet20``                                our architectures (``zoo.architectures``), random weights
 ``./runs/nd-digits``, ``/models/nd-digits``     the deployable network of a stored zoo model (a path begins with . or /)
 ``hf://owner/name@revision``                    the same from the Hub
+a dict                                          the architecture of a stored model's network, as `self_contained` gives it
 an ``nn.Module``                                itself
 ==============================================  =====================================================================
 
@@ -28,7 +29,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -36,14 +37,24 @@ from torch import Tensor, nn
 
 from zoo.errors import InputError, nearest
 from zoo.features import FeatureTap, OutputTap
-from zoo.named_networks import build, has_weights
+from zoo.named_networks import build, has_public_weights, has_weights, is_stored
 from zoo.open_clip_networks import build_tokenizer, build_transform
 
-__all__ = ["Tower", "create", "fingerprint", "has_weights", "tower_options", "without_weights"]
+__all__ = [
+    "Tower",
+    "create",
+    "fingerprint",
+    "has_public_weights",
+    "has_weights",
+    "self_contained",
+    "tower_options",
+    "without_weights",
+]
 
 # Which towers get random weights whatever their name says: those that are trained (a stored file fills them), or all of
 # them (shapes are looked at on the meta device).
 _Skip = Literal["none", "trained", "all"]
+_Name = TypeVar("_Name", str, dict[str, Any], nn.Module)
 _skip: ContextVar[_Skip] = ContextVar("skip", default="none")
 
 
@@ -202,7 +213,7 @@ class _Keep:
 
 
 def create(
-    name: str | nn.Module,
+    name: str | dict[str, Any] | nn.Module,
     *,
     frozen: bool = False,
     num_classes: int | None = None,
@@ -244,6 +255,10 @@ def create(
         tower = Tower(name, frozen=frozen, heads=heads, embedding=embedding)
         _require_classes(tower, num_classes, type(name).__name__)
         return tower
+    if isinstance(name, dict):
+        return _create_described(
+            name, options, frozen=frozen, heads=heads, num_classes=num_classes, embedding=embedding
+        )
     if not isinstance(name, str):
         raise InputError(f"a tower is a name or an nn.Module, got {type(name).__name__}")
     if num_classes is not None and num_classes < 1:
@@ -254,6 +269,36 @@ def create(
     tower = Tower(network, name=name, frozen=frozen, heads=heads, revision=revision, embedding=embedding)
     _require_classes(tower, num_classes, name)
     return tower
+
+
+def _create_described(
+    description: dict[str, Any], options: dict[str, Any], *, num_classes: int | None, **given: Any
+) -> Tower:
+    from zoo import hub
+
+    if options:
+        raise InputError(f"options {sorted(options)} cannot be applied to the network of a stored model")
+    tower = Tower(hub.build_network(description), **given)
+    _require_classes(tower, num_classes, f"the network of {description['source']}")
+    return tower
+
+
+def self_contained(name: _Name) -> _Name | dict[str, Any]:
+    """Return a tower argument as a stored model may hold it, for a network whose weights are stored with that model.
+
+    The place of a stored model becomes a description of its architecture, which can be built where that place does not
+    exist; everything else stays.
+
+    Args:
+        name: a tower argument.
+
+    Example:
+        >>> self_contained("zoo/resnet8")
+        'zoo/resnet8'
+    """
+    from zoo import hub
+
+    return hub.describe_network(name) if isinstance(name, str) and is_stored(name) else name
 
 
 @contextmanager
