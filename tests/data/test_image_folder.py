@@ -279,3 +279,16 @@ def test_bad_image(flat):
 def test_bad_arguments(kwargs, message):
     with pytest.raises(InputError, match=message):
         ImageFolderDataModule("nowhere", **kwargs).setup()
+
+
+def test_training_batches_with_an_index(split):
+    plain, indexed = (
+        ImageFolderDataModule(split, image_size=16, batch_size=5, with_index=flag) for flag in (False, True)
+    )
+    for (x, y), (same_x, same_y, index), rows in zip(
+        plain.train_dataloader(), indexed.train_dataloader(), indexed.train_dataloader().batch_sampler, strict=True
+    ):
+        assert torch.equal(x, same_x)
+        assert torch.equal(y, same_y)
+        assert index.tolist() == rows
+    assert len(next(iter(indexed.val_dataloader()))) == 2

@@ -382,3 +382,16 @@ def test_bad_sizes_with_a_cache(tmp_path):
 def test_bad_arguments(kwargs, message):
     with pytest.raises(InputError, match=message):
         ParquetImagesDataModule("a.parquet", **kwargs)
+
+
+@pytest.mark.parametrize("cache", ["decoded", None])
+def test_training_batches_with_an_index(train, cache):
+    options = {"cache": cache, "image_size": 8, "batch_size": 7}
+    plain, indexed = (ParquetImagesDataModule(train, **options, with_index=flag) for flag in (False, True))
+    for (x, y), (same_x, same_y, index), rows in zip(
+        plain.train_dataloader(), indexed.train_dataloader(), indexed.train_dataloader().batch_sampler, strict=True
+    ):
+        assert torch.equal(x, same_x)
+        assert torch.equal(y, same_y)
+        assert index.tolist() == rows
+    assert len(next(iter(indexed.val_dataloader()))) == 2

@@ -43,6 +43,8 @@ class DigitsDataModule(SplitDataModule):
         num_workers: processes that read the data; 0 is fastest, the data are in memory.
         drop_last: leave out a last training batch that is not full.
         pin_memory: copy batches to page-locked memory, for a GPU.
+        with_index: training batches are ``(images, labels, index)``, with the position of each sample in the training
+            split; all other batches stay pairs.
 
     Raises:
         InputError: an argument is out of its range (``train_samples`` and the shares are checked when the data are read).
@@ -69,9 +71,15 @@ class DigitsDataModule(SplitDataModule):
         num_workers: int = 0,
         drop_last: bool = False,
         pin_memory: bool = False,
+        with_index: bool = False,
     ) -> None:
         super().__init__(
-            batch_size=batch_size, num_workers=num_workers, seed=seed, drop_last=drop_last, pin_memory=pin_memory
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            drop_last=drop_last,
+            pin_memory=pin_memory,
+            with_index=with_index,
         )
         if size < _SIDE:
             raise InputError(f"size must be at least {_SIDE}, the side of the original images, got {size}")

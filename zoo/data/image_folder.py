@@ -116,6 +116,8 @@ class ImageFolderDataModule(SplitDataModule):
         eval_transform: options of timm's evaluation transform: interpolation, crop_pct, crop_mode, crop_border_pixels.
         drop_last: leave out a last training batch that is not full.
         pin_memory: copy batches to page-locked memory, for a GPU.
+        with_index: training batches are ``(images, labels, index)``, with the position of each sample in the training
+            split; all other batches stay pairs.
 
     Raises:
         InputError: an argument is out of its range, or the name of a data set or an option is unknown. When the data are
@@ -154,9 +156,15 @@ class ImageFolderDataModule(SplitDataModule):
         eval_transform: dict[str, Any] | None = None,
         drop_last: bool = False,
         pin_memory: bool = False,
+        with_index: bool = False,
     ) -> None:
         super().__init__(
-            batch_size=batch_size, num_workers=num_workers, seed=seed, drop_last=drop_last, pin_memory=pin_memory
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            drop_last=drop_last,
+            pin_memory=pin_memory,
+            with_index=with_index,
         )
         if dataset is not None and dataset not in _NAMED:
             raise InputError(

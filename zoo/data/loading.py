@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from zoo.data.draws import random_words
+from zoo.data.indexed import IndexedDataset
 from zoo.errors import InputError
 
 __all__ = ["Batch", "Draw", "EpochShuffle", "ResumableLoader", "SplitDataModule", "Splits", "StridedShard", "epoch_of"]
@@ -195,6 +196,8 @@ class SplitDataModule(LightningDataModule, ABC):
         seed: number of the training order and of the augmentations.
         drop_last: leave out a last training batch that is not full.
         pin_memory: copy batches to page-locked memory, for a GPU.
+        with_index: training batches are ``(images, labels, index)``, with the position of each sample in the training
+            split; all other batches stay pairs.
 
     Raises:
         InputError: a number is out of its range.
@@ -208,6 +211,7 @@ class SplitDataModule(LightningDataModule, ABC):
         seed: int = 0,
         drop_last: bool = False,
         pin_memory: bool = False,
+        with_index: bool = False,
     ) -> None:
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
@@ -218,6 +222,7 @@ class SplitDataModule(LightningDataModule, ABC):
         self.seed = seed
         self.drop_last = drop_last
         self.pin_memory = pin_memory
+        self.with_index = with_index
         self._splits: Splits | None = None
 
     @abstractmethod
@@ -250,12 +255,12 @@ class SplitDataModule(LightningDataModule, ABC):
         _ = self.splits
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Return the training split, shuffled, under the training transform.
+        """Return the training split, shuffled, under the training transform; with the index of each sample if asked for.
 
         Raises:
             InputError: ``drop_last`` leaves no batch.
         """
-        data = self.splits.train
+        data = IndexedDataset(self.splits.train) if self.with_index else self.splits.train
         loader = self._loader(
             ResumableLoader, data, EpochShuffle(cast("Sized", data), **self._process(), seed=self.seed)
         )
