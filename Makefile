@@ -34,10 +34,13 @@ pytest: setup
 
 bench: setup
 	$(BIN)/python benchmarks/nd.py
+	$(BIN)/python benchmarks/distillation.py --batch 128
 	$(BIN)/python benchmarks/hub.py
 
 bench-gpu: setup
 	$(BIN)/python benchmarks/nd.py --device cuda
+	$(BIN)/python benchmarks/distillation.py --device cuda --precision bf16-mixed
+	$(BIN)/python benchmarks/nd_table.py --preset gpu --out runs/nd-table-gpu
 
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,8 +1,8 @@
-"""ND distillation: losses and class means against the released code's loops, a training step against a bare loop.
+"""ND distillation: losses and class means against the released code's loops.
 
     python benchmarks/nd.py [--device cuda] [--threads 1] [--rounds 7]
 
-`nd_step.py` measures the training step, also alone and with more options (bf16, torch.compile).
+`distillation.py` measures the training step.
 
 Both sides of a ratio are timed in turn in the same run, and the medians are compared. The loops are written from the
 description of the released code (arXiv 2305.17007): one `.item()` per label, the class mean made into a tensor from a
@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import nd_step
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -197,7 +196,6 @@ def main() -> None:
     console.print(f"PyTorch {torch.__version__}, {name}, medians of {options.rounds} rounds")
     console.print(compare_losses(options.device, options.rounds, calls=30))
     console.print(compare_class_means(options.device, options.rounds))
-    nd_step.compare(nd_step.parse(["--device", options.device]), console)
 
 
 if __name__ == "__main__":

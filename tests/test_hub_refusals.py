@@ -107,7 +107,7 @@ def test_bad_config_text(folder: Path, text: str, message: str) -> None:
         (lambda c: c["args"].update(students="x"), r"args.students: NDDistillation takes no such.*Did you mean student"),
         (lambda c: c["args"].update(lr="0.1"), r'args.lr must be float, got "0.1"'),
         (lambda c: c["args"].update(nd_reduction="sum"), r"args.nd_reduction must be .*'mean', 'class'.*got \"sum\""),
-        (lambda c: c["args"].update(student=3), r"args.student must be str, got 3"),
+        (lambda c: c["args"].update(student=3), r"args.student must be str or dict, got 3"),
         (lambda c: c["args"].update(student="zoo/resnet9"), r"no architecture 'resnet9'"),
         (lambda c: c["args"].update(temperature=-1.0), r"temperature must be positive, got -1.0"),
         (lambda c: c["args"].update(student_options={"in_chan": 1}), r"takes no option 'in_chan'. Did you mean in_chans"),

@@ -12,18 +12,23 @@ __version__ = "0.1.0"
 
 # Public name -> the module that defines it. Adding a paper adds its line here and edits no other shared file.
 _LAZY = {
+    "AuxiliaryLoss": "zoo.callbacks.auxiliary_loss",
     "Classifier": "zoo.lightning_modules.classifier",
     "DigitsDataModule": "zoo.data.digits",
     "ImageFolderDataModule": "zoo.data.image_folder",
     "InputError": "zoo.errors",
     "NDDistillation": "zoo.lightning_modules.nd",
+    "NDRegularizer": "zoo.callbacks.nd_regularizer",
     "ParquetImagesDataModule": "zoo.data.parquet_images",
     "PushToHub": "zoo.callbacks.push_to_hub",
+    "TeacherCache": "zoo.teacher_cache",
     "ZooModule": "zoo.module",
     "from_pretrained": "zoo.hub",
     "load_weights": "zoo.hub",
     "register": "zoo.registry",
 }
+# Public bases of components, which are none themselves.
+_BASES = frozenset({"AuxiliaryLoss"})
 _SUBMODULES = (
     "architectures",
     "callbacks",

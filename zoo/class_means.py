@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
+from collections.abc import Callable, Sized
 from typing import Any, cast
 
 import torch
@@ -22,7 +22,14 @@ __all__ = ["compute_class_means"]
 
 @torch.no_grad()
 def compute_class_means(
-    tower: Tower, trainer: Trainer, *, num_classes: int, views: int | None = None
+    tower: Tower,
+    trainer: Trainer,
+    *,
+    num_classes: int,
+    views: int | None = None,
+    features: Callable[[Tensor], Tensor] | None = None,
+    dim: int | None = None,
+    split_batch: Callable[[Any], tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run a frozen tower over the training images and average its features by class.
 
@@ -36,6 +43,10 @@ def compute_class_means(
         num_classes: number of classes K.
         views: passes over the images under the training transform; None takes one pass over
             ``trainer.datamodule.train_eval_dataloader()`` where there is one, and else one view.
+        features: inputs -> features (B, dim), where they are others than ``tower.features``.
+        dim: width of the features that ``features`` gives; needed with it.
+        split_batch: batch -> (inputs, targets), where a batch is no such pair. Soft labels (B, K) count for their largest
+            class.
 
     Returns:
         Means (K, D), float64 where the device has it, zero for classes without images, and counts (K,), int64.
@@ -43,14 +54,16 @@ def compute_class_means(
     Raises:
         InputError: a label is out of range, or the tower's features are not finite.
     """
-    metric = ClassMeans(num_classes, tower.dim).to(next(tower.parameters()).device)
+    assert (features is None) == (dim is None)
+    features = features or tower.features
+    metric = ClassMeans(num_classes, dim or tower.dim).to(next(tower.parameters()).device)
     data = getattr(trainer, "datamodule", None)
     clean = getattr(data, "train_eval_dataloader", None) if views is None else None
     loaders = [clean()] if clean is not None else [_one_view(trainer, view) for view in range(views or 1)]
     with (
         isolate_rng(),
         tqdm(
-            total=sum(map(len, loaders)) if all(isinstance(loader, Sized) for loader in loaders) else None,
+            total=_count(loaders),
             desc="class means",
             leave=False,
             disable=not trainer.is_global_zero or trainer.progress_bar_callback is None,
@@ -58,11 +71,20 @@ def compute_class_means(
     ):
         for loader in loaders:
             for batch in loader:
-                x, targets = trainer.strategy.batch_to_device(batch)
-                metric.update(tower.features(x), targets)
+                moved = trainer.strategy.batch_to_device(batch)
+                x, targets = moved[:2] if split_batch is None else split_batch(moved)
+                metric.update(features(x), targets.argmax(1) if targets.ndim == 2 else targets)
                 bar.update()
     means: Tensor = metric.compute()
     return means, metric.counts
+
+
+def _count(loaders: list[Any]) -> int | None:
+    """Return the number of batches, or None where it is not known."""
+    try:
+        return sum(map(len, loaders))
+    except TypeError:  # a loader over an iterable data set has a length only where that has one
+        return None
 
 
 def _one_view(trainer: Trainer, view: int) -> DataLoader[Any]:

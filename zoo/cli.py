@@ -103,12 +103,20 @@ def _list(words: list[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("component", "paper", "kind", "status", "recipes", box=None, header_style="bold")
+    table = Table("component", "paper", "kind", "status", box=None, header_style="bold")
+    table.add_column("recipes", overflow="fold")
     for component in found:
         sheet = component.sheet
         paper = sheet["title"] + (f" ({sheet['venue']}, arXiv {sheet['arxiv']})" if sheet.get("arxiv") else "")
-        table.add_row(component.name, paper, component.kind, sheet["status"], "\n".join(component.recipes))
+        table.add_row(component.name, paper, component.kind, sheet["status"], _few(component))
     Console().print(table)
+
+
+def _few(component: registry.Component) -> str:
+    """Return the recipes that need no download, or all if they are few, and how many there are beside."""
+    shown = [name for name in component.recipes if "digits" in name or len(component.recipes) < 4]
+    rest = len(component.recipes) - len(shown)
+    return "\n".join([*shown, *([f"{rest} more: zoo show {component.name}"] if rest else [])])
 
 
 def _show(words: list[str]) -> None:

@@ -123,7 +123,8 @@ def _run(model: ZooModule, inputs: Tensor) -> Tensor:
     model.eval()
     try:
         with torch.autocast(parameter.device.type, enabled=False), _exact_float32():
-            output: Tensor = model(inputs.to(parameter.device, parameter.dtype))
+            given = inputs.to(parameter.device)
+            output: Tensor = model(given.to(parameter.dtype) if given.is_floating_point() else given)
     finally:
         for module in training:
             module.training = True

@@ -273,16 +273,16 @@ def check_towers(model: ZooModule, facts: Mapping[str, Mapping[str, Any]]) -> No
     Raises:
         InputError: a tower's weights differ.
     """
-    for attribute, tower in model.frozen_towers.items():
+    for attribute, ours in tower_facts(model).items():
         recorded = facts.get(attribute)
-        if recorded is None or recorded["sha256"] == tower.fingerprint:
+        if recorded is None or recorded["sha256"] == ours["sha256"]:
             continue
         remedy = f"pass {attribute}=… with the network that was used"
-        if tower.name is not None and not has_weights(tower.name):
+        if ours["name"] is not None and not has_weights(ours["name"]):
             remedy = (
-                f"{tower.name!r} is a bare architecture with random weights, so it never comes out the same: {remedy}"
+                f"{ours['name']!r} is a bare architecture with random weights, so it never comes out the same: {remedy}"
             )
         raise InputError(
-            f"the {attribute} ({tower.name or 'a module'}) is not the one this model was trained with: its weights have "
-            f"SHA-256 {tower.fingerprint[:12]}…, expected {recorded['sha256'][:12]}…; {remedy}"
+            f"the {attribute} ({ours['name'] or 'a module'}) is not the one this model was trained with: its weights have "
+            f"SHA-256 {ours['sha256'][:12]}…, expected {recorded['sha256'][:12]}…; {remedy}"
         )

@@ -223,7 +223,8 @@ def recipe_path(name: str) -> Path:
 
 
 def _table() -> dict[str, str]:
-    return {name: module for package in _KINDS for name, module in zoo._names_in(package).items()}
+    found = {name: module for package in _KINDS for name, module in zoo._names_in(package).items()}
+    return {name: module for name, module in found.items() if name not in zoo._BASES}
 
 
 def _read_sheet(stem: str) -> tuple[dict[str, Any], str]:

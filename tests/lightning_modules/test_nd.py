@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from zoo.lightning_modules.nd import NDDistillation, Projector
+from zoo.lightning_modules.nd import NDDistillation
 
 import zoo
 from tests.training import IN_CHANS, digits, quick_trainer, small_distillation, small_network
 from zoo.errors import InputError
+from zoo.projector import Projector
 
 
 def nd_by_hand(s: Tensor, t: Tensor, means: Tensor, y: Tensor) -> Tensor:
@@ -350,7 +351,7 @@ def test_timm_names_as_in_the_readme() -> None:
         ({"nd_weight": -1.0}, "nd_weight must not be negative, got -1.0"),
         ({"warmup_epochs": -1}, "warmup_epochs must not be negative"),
         ({"class_mean_views": 0}, "class_mean_views must be at least 1 or None, got 0"),
-        ({"base": "fitnet"}, "base must be one of kd, dkd, dist, got 'fitnet'"),
+        ({"base": "fitnet"}, "base must be one of kd, dkd, dist, review_kd, got 'fitnet'"),
         ({"nd_reduction": "sum"}, "nd_reduction must be one of mean, class"),
         ({"student": "zoo/resnet9"}, r"no architecture 'resnet9'. Did you mean resnet8"),
         ({"student": small_network(), "student_options": {"head": "fc"}}, "student_options may not hold head"),
