@@ -372,7 +372,7 @@ class NDDistillation(ClassificationModule):
         return min(1.0, self.current_epoch / epochs) if epochs else 1.0
 
     def _log_statistics(self, features: Tensor, teacher_features: Tensor, targets: Tensor) -> None:
-        if self.global_step % getattr(self.trainer, "log_every_n_steps", 50):
+        if self.global_step % max(1, getattr(self.trainer, "log_every_n_steps", 50)):
             return
         assert self.class_means is not None
         statistics = nd_statistics(features, teacher_features, self.class_means, targets)

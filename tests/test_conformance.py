@@ -17,7 +17,7 @@ import torch
 import yaml
 
 import zoo
-from tests.training import digits, quick_trainer
+from tests.training import quick_trainer
 from zoo import registry
 from zoo.cli import main
 from zoo.module import ZooModule
@@ -74,6 +74,12 @@ def built(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return build
 
 
+def data_of(name: str) -> Any:
+    """A small part of the data of a component's recipe."""
+    data = yaml.safe_load(registry.recipe_path(recipe_of(name)).read_text())["data"]
+    return getattr(zoo, data["class_path"])(**{**data["init_args"], "train_samples": 64, "batch_size": 32})
+
+
 @pytest.mark.parametrize("name", COMPONENTS)
 def test_sheet(name: str) -> None:
     component = registry.describe(name)
@@ -127,7 +133,7 @@ def test_one_step_moves_the_trainable_parameters_and_only_those(built: Any, name
     before = {key: value.detach().clone() for key, value in model.named_parameters()}
     frozen = {key: tower.network.state_dict() for key, tower in model.frozen_towers.items()}
     frozen = {key: {k: v.clone() for k, v in state.items()} for key, state in frozen.items()}
-    quick_trainer(max_steps=2).fit(model, digits(train_samples=64, batch_size=32))
+    quick_trainer(max_steps=2).fit(model, data_of(name))
     for key, value in model.named_parameters():
         assert torch.equal(before[key], value) != value.requires_grad, key
     for key, tower in model.frozen_towers.items():
@@ -147,11 +153,9 @@ def test_pickle(built: Any, name: str) -> None:
 def test_checkpoint_resumes(built: Any, name: str, tmp_path: Path) -> None:
     model = built(name)
     trainer = quick_trainer(max_epochs=1)
-    trainer.fit(model, digits(train_samples=64, batch_size=32))
+    trainer.fit(model, data_of(name))
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     resumed = registry.component_class(name).load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)
     assert all(torch.equal(v, resumed.state_dict()[k]) for k, v in model.state_dict().items())
-    quick_trainer(max_epochs=2).fit(
-        resumed, digits(train_samples=64, batch_size=32), ckpt_path=str(tmp_path / "one.ckpt"), weights_only=True
-    )
+    quick_trainer(max_epochs=2).fit(resumed, data_of(name), ckpt_path=str(tmp_path / "one.ckpt"), weights_only=True)
     assert not torch.equal(next(model.parameters()), next(resumed.parameters()))

@@ -13,9 +13,14 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it. Adding a paper adds its line here and edits no other shared file.
 _LAZY = {
     "AuxiliaryLoss": "zoo.callbacks.auxiliary_loss",
+    "CLIP": "zoo.lightning_modules.clip",
+    "CWCL": "zoo.lightning_modules.cwcl",
     "Classifier": "zoo.lightning_modules.classifier",
+    "DigitsCaptionsDataModule": "zoo.data.digits_captions",
     "DigitsDataModule": "zoo.data.digits",
+    "FeaturePairsDataModule": "zoo.data.feature_pairs",
     "ImageFolderDataModule": "zoo.data.image_folder",
+    "ImageTextDataModule": "zoo.data.image_text",
     "InputError": "zoo.errors",
     "NDDistillation": "zoo.lightning_modules.nd",
     "NDRegularizer": "zoo.callbacks.nd_regularizer",

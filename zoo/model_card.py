@@ -181,7 +181,7 @@ def _snippet(facts: Facts, component: Component | None, repo_id: str | None) -> 
             "module = build_module()  # yours: the LightningModule that was trained, built as for the training",
             f"zoo.load_weights({source}, module){pin}",
         ]
-    lines = ["import torch"] if facts.input_shape else []
+    lines = ["import torch"] if facts.input_shape and facts.args.get("trained_modality") != "text" else []
     lines.append("import zoo")
     if component is None:
         lines.append("import your_module  # the one that defines the class, under @zoo.register")
@@ -195,7 +195,10 @@ def _snippet(facts: Facts, component: Component | None, repo_id: str | None) -> 
     lines.append(f"model = zoo.from_pretrained({', '.join(arguments)}){pin}")
     if component is not None:
         lines.append("network = model.network  # the plain network, nothing of the zoo around it")
-    if facts.input_shape:
+    modalities = [facts.args.get(f"{side}_modality") for side in ("trained", "frozen")]
+    if "text" in modalities:
+        lines.append('texts = model.encode_text(["a text", "another"])  # unit vectors, one a text')
+    if facts.input_shape and modalities[0] != "text":
         lines.append(f"output = model(torch.randn({', '.join(map(str, facts.input_shape))}))")
     return lines
 
