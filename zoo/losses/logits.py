@@ -27,15 +27,13 @@ NaN. An empty batch gives 0, still connected to the student.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.errors import InputError
 from zoo.losses.contracts import require_labels, require_matrix, require_number, require_same_layout, working_dtype
+from zoo.losses.ranks import gather_rows, rank_and_size, require_equal_batches
 
 __all__ = ["dist_loss", "dkd_loss", "kd_loss"]
 
@@ -172,10 +170,10 @@ def dist_loss(
     require_number("gamma", gamma, positive=False)
     with torch.autocast(student_logits.device.type, enabled=False):
         student, teacher = _soften(student_logits, teacher_logits, temperature)
-        if gather and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            _require_equal_batches(student)
+        if rank_and_size(gather=gather)[1] > 1:
+            require_equal_batches(student)
             # The logits and not the terms: every process then computes the global loss itself, value and gradient.
-            student, teacher = _GatherRows.apply(student), _GatherRows.apply(teacher)
+            student, teacher = gather_rows(student), gather_rows(teacher)
         if student.shape[0] == 0:
             return student.sum()
         student, teacher = student.softmax(dim=1), teacher.softmax(dim=1)
@@ -228,39 +226,6 @@ def _deviation(values: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     # visible.
     rounding = 8 * torch.finfo(values.dtype).eps * values.shape[dim] ** 0.5
     return deviation, norm, ~(norm <= rounding * mean.squeeze(dim))
-
-
-class _GatherRows(torch.autograd.Function):
-    """The rows of all processes, one after another by rank; the gradient is summed over processes."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        rows = rows.contiguous()
-        ctx.rows = rows.shape[0]
-        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, rows)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        total = gradients[0].contiguous().clone()
-        dist.all_reduce(total)
-        return total.narrow(0, dist.get_rank() * ctx.rows, ctx.rows)
-
-
-def _require_equal_batches(rows: Tensor) -> None:
-    own = torch.tensor([rows.shape[0]], device=rows.device)
-    sizes = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, own)
-    all_sizes = torch.cat(sizes)
-    if rows.device.type == "cpu" and not torch.compiler.is_compiling():
-        if len(set(all_sizes.tolist())) > 1:
-            raise InputError(
-                f"gather=True needs equally large batches in all processes, got {all_sizes.tolist()} by rank; "
-                "use drop_last=True or a sampler that pads"
-            )
-    else:
-        torch._assert_async((all_sizes == own).all(), "gather=True needs equally large batches in all processes")
 
 
 def _check(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:
