@@ -14,7 +14,10 @@ from torch import Tensor
 
 from zoo.errors import InputError
 
-__all__ = ["require_labels", "require_matrix", "require_number", "require_same_layout", "working_dtype"]
+__all__ = ["require_labels", "require_matrix", "require_number", "require_same_layout", "unit_rows", "working_dtype"]
+
+# Below this length the direction of a vector is noise, and dividing by it would give gradients of 1/length.
+_NEGLIGIBLE_NORM = 1e-6
 
 
 def require_matrix(name: str, value: Tensor) -> None:
@@ -113,6 +116,27 @@ def require_number(name: str, value: float, *, positive: bool) -> None:
     if not (0 < value < math.inf or (value == 0 and not positive)):
         rule = "positive and finite" if positive else "finite and not negative"
         raise InputError(f"{name} must be {rule}, got {value}")
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """Scale rows to length 1.
+
+    Args:
+        rows: (N, d), in float32 or float64.
+
+    Returns:
+        (N, d); zeros, with gradient 0, where a length is at most 1e-6; NaN for NaN and for lengths that overflow.
+
+    Example:
+        >>> unit_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+        tensor([[0.6000, 0.8000],
+                [0.0000, 0.0000]])
+    """
+    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    negligible = norm <= _NEGLIGIBLE_NORM
+    # x / inf is 0, and what overflowed would pass for a vector of zeros; 0 * inf makes it NaN.
+    inverse: Tensor = torch.where(negligible, 0, 1 / torch.where(negligible, 1, norm)) + 0 * norm
+    return rows * inverse
 
 
 def working_dtype(student: Tensor) -> torch.dtype:

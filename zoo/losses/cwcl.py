@@ -31,15 +31,12 @@ import torch
 from torch import Tensor
 
 from zoo.errors import InputError
-from zoo.losses.contracts import require_matrix, require_same_layout, working_dtype
+from zoo.losses.contracts import require_matrix, require_same_layout, unit_rows, working_dtype
 from zoo.losses.contrastive import batch_mean
 from zoo.losses.pairwise import pairwise_logsumexp, scalar, tile_shape
 from zoo.losses.soft_targets import Kernel, KernelName, weighted_means, weights_entropy
 
 __all__ = ["cwcl_loss", "cwcl_statistics"]
-
-# Below this length the direction of a vector is noise, and dividing by it would give gradients of 1/length.
-_NEGLIGIBLE_NORM = 1e-6
 
 
 class _Terms(NamedTuple):
@@ -221,8 +218,8 @@ def _terms(
     dtype = working_dtype(trained)
     scale = scalar("scale", scale, trained)
     tile = tile_shape(chunk_size, trained.device)
-    trained, frozen = _unit(trained.to(dtype)), _unit(frozen.to(dtype))
-    features = frozen.detach() if weight_features is None else _unit(weight_features.detach().to(dtype))
+    trained, frozen = unit_rows(trained.to(dtype)), unit_rows(frozen.to(dtype))
+    features = frozen.detach() if weight_features is None else unit_rows(weight_features.detach().to(dtype))
     sums = pairwise_logsumexp(trained, frozen, scale=scale, gather=gather, chunk_size=chunk_size)
     values = torch.cat((frozen, trained), dim=1) if both else frozen
     means = weighted_means(features, values, kernel, tile=tile, gather=gather)
@@ -233,15 +230,6 @@ def _terms(
     if both:
         from_frozen = from_frozen + scale * (frozen * (trained - means[:, width:])).sum(1)
     return _Terms(from_trained, from_frozen, features)
-
-
-def _unit(rows: Tensor) -> Tensor:
-    """Rows of length 1; zeros, with gradient 0, where the length is negligible; NaN and lengths that overflow give NaN."""
-    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    negligible = norm <= _NEGLIGIBLE_NORM
-    # x / inf is 0, and what overflowed would pass for a vector of zeros; 0 * inf makes it NaN.
-    inverse: Tensor = torch.where(negligible, 0, 1 / torch.where(negligible, 1, norm)) + 0 * norm
-    return rows * inverse
 
 
 def _check(trained: Tensor, frozen: Tensor, weight_features: Tensor | None) -> None:
