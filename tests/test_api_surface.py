@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import pkgutil
 from pathlib import Path
@@ -32,7 +33,7 @@ def test_every_public_name_exists_and_is_documented() -> None:
         module = importlib.import_module(module_name)
         for name in names:
             value = getattr(module, name)
-            if callable(value):
+            if inspect.isroutine(value) or inspect.isclass(value):
                 assert value.__doc__, f"{module_name}.{name}"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import math
 import pickle
 from typing import Any
@@ -14,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-import zoo.metrics.mutual_knn
 from tests.metrics.structure_layers import IMAGE_LAYERS, TEXT_LAYERS
 from zoo.errors import InputError
 from zoo.metrics.mutual_knn import MutualKNN, count_shared, mutual_knn, mutual_knn_table, neighbour_count
@@ -241,9 +239,3 @@ def test_bad_batch(batch: tuple[Any, ...], message: str) -> None:
     with pytest.raises(InputError, match=message):
         metric.update(*batch)
     assert metric.image_features == metric.sample_ids == []
-
-
-def test_examples() -> None:
-    result = doctest.testmod(zoo.metrics.mutual_knn, extraglobs={"torch": torch})
-    assert result.attempted > 0
-    assert result.failed == 0
