@@ -44,6 +44,7 @@ _SUBMODULES = (
     "losses",
     "metrics",
     "registry",
+    "saliency",
     "towers",
 )
 

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from zoo.errors import InputError, nearest
 from zoo.meta_pass import Call, observe
 
-__all__ = ["StageTap", "as_map"]
+__all__ = ["Layout", "StageTap", "as_map", "layout_of"]
 
 _Result = TypeVar("_Result")
 
 _INPUT = ":input"
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """How the output of a stage lies in memory."""
 
     prefix_tokens: int = 0
@@ -84,12 +84,12 @@ class StageTap:
             if name not in modules or not name:
                 raise InputError(f"{type(network).__name__} has no module {name!r}.{nearest(name, modules)}")
         calls = {call.name: call for call in observe(network, dict.fromkeys(self._modules), example=example)}
-        self._layouts: list[_Layout] = []
+        self._layouts: list[Layout] = []
         self._copied: list[bool] = []
         channels = []
         for name, module in zip(self.names, self._modules, strict=True):
             value, changed = _of_call(calls.get(module), name, network)
-            layout = _layout(network, name, value, prefix_tokens)
+            layout = layout_of(network, name, value, prefix_tokens)
             self._layouts.append(layout)
             self._copied.append(changed or (name.endswith(_INPUT) and getattr(modules[module], "inplace", False)))
             channels.append(_map(value, layout, name).shape[1])
@@ -233,26 +233,37 @@ def _of_call(call: Call | None, name: str, network: nn.Module) -> tuple[Tensor, 
     return value, value._version != version
 
 
-def _layout(network: nn.Module, name: str, value: Tensor, prefix_tokens: int | None) -> _Layout:
+def layout_of(network: nn.Module, name: str, value: Tensor, prefix_tokens: int | None) -> Layout:
+    """Return how the output of a stage lies in memory.
+
+    Args:
+        network: the network.
+        name: the stage.
+        value: an output of it.
+        prefix_tokens: tokens in front of the image's; the network's own number if None.
+
+    Raises:
+        InputError: tokens that fill no grid.
+    """
     if value.ndim == 3:
         return _token_layout(network, name, value.shape[1], prefix_tokens)
     if value.ndim == 2:
-        return _Layout()
+        return Layout()
     from torchvision.models import SwinTransformer
 
     if isinstance(network, SwinTransformer):
         # Its last two steps, ``permute`` and ``avgpool``, have brought the channels to the front.
-        return _Layout(channels_last=name.startswith(("features", "norm")))
+        return Layout(channels_last=name.startswith(("features", "norm")))
     # Where timm knows the channels of the stage, the axis that has so many is theirs: VOLO does not declare its layout.
     listed = getattr(network, "feature_info", None)
     known = {entry["module"]: entry["num_chs"] for entry in listed} if isinstance(listed, list) else {}
     channels = known.get(name)
     if channels is not None and (value.shape[1] == channels) != (value.shape[3] == channels):
-        return _Layout(channels_last=value.shape[3] == channels)
-    return _Layout(channels_last=getattr(network, "output_fmt", None) == "NHWC")
+        return Layout(channels_last=value.shape[3] == channels)
+    return Layout(channels_last=getattr(network, "output_fmt", None) == "NHWC")
 
 
-def _token_layout(network: nn.Module, name: str, count: int, prefix_tokens: int | None) -> _Layout:
+def _token_layout(network: nn.Module, name: str, count: int, prefix_tokens: int | None) -> Layout:
     from torchvision.models import VisionTransformer
 
     if hasattr(network, "unroll"):
@@ -262,16 +273,16 @@ def _token_layout(network: nn.Module, name: str, count: int, prefix_tokens: int 
     # Networks that add the class token late (XCiT, CaiT) have none in their first blocks.
     for prefix in (own, 0) if prefix_tokens is None else (prefix_tokens,):
         if grid and math.prod(grid) == count - prefix:
-            return _Layout(prefix_tokens=prefix, grid=tuple(grid))
+            return Layout(prefix_tokens=prefix, grid=tuple(grid))
         if count > prefix and math.isqrt(count - prefix) ** 2 == count - prefix:
-            return _Layout(prefix_tokens=prefix)
+            return Layout(prefix_tokens=prefix)
     raise InputError(
         f"{name!r} of {type(network).__name__} gives {count} tokens, which are no square after {own} prefix tokens; give "
         "prefix_tokens=, or name another layer"
     )
 
 
-def _map(value: Any, layout: _Layout, name: str) -> Tensor:
+def _map(value: Any, layout: Layout, name: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise InputError(f"{name!r} gave {type(value).__name__}, expected a tensor; name another layer")
     if value.ndim == 2:
