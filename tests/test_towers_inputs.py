@@ -56,7 +56,10 @@ def test_bad_offline_for_real() -> None:
     [
         ("tim/resnet18", r"no tower named 'tim/resnet18'.*Did you mean timm"),
         ("torchvison/resnet18", r"Did you mean torchvision"),
-        ("resnet18", r"no tower named 'resnet18': a name begins with timm/, torchvision/, zoo/, open_clip/ or is the path"),
+        (
+            "resnet18",
+            r"no tower named 'resnet18': a name begins with timm/, torchvision/, zoo/, open_clip/ or is the path",
+        ),
         ("timm/", r"no tower named 'timm/'"),
         ("", r"no tower named ''"),
         ("timm/resnet81", r"timm has no architecture 'resnet81'. Did you mean .*resnet18"),
