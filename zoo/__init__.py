@@ -26,6 +26,7 @@ _LAZY = {
     "NDRegularizer": "zoo.callbacks.nd_regularizer",
     "ParquetImagesDataModule": "zoo.data.parquet_images",
     "PushToHub": "zoo.callbacks.push_to_hub",
+    "StructureAlignment": "zoo.lightning_modules.structure",
     "StructureRegularizer": "zoo.callbacks.structure_regularizer",
     "TeacherCache": "zoo.teacher_cache",
     "ZooModule": "zoo.module",

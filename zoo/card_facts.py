@@ -21,7 +21,7 @@ _REPO = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 _DATA_SET = re.compile(rf"hf://datasets/({_REPO})(?:@[^/]*)?(?:/|\Z)", re.ASCII)
 _FAMILY = re.compile(r"(?:timm|torchvision|open_clip|zoo)/.|hf://.")
 # Arguments that hold a network, so that a path in them is the place of a stored model and not of data.
-_NETWORKS = ("backbone", "encoder", "frozen", "network", "student", "teacher", "trained")
+_NETWORKS = ("backbone", "encoder", "frozen", "image", "network", "student", "teacher", "text", "trained")
 _NOT_FINITE = frozenset({"nan", "inf", "+inf", "-inf", "infinity", "-infinity"})
 
 

@@ -97,7 +97,10 @@ def combine_maps(
             raise InputError(f"maps must be of the same images on one device, maps[{index}] is not as maps[0] is")
     given = _check_weights(weights, len(maps))
     if size is None:
-        size = max(((one.shape[2], one.shape[3]) for one in maps), key=lambda shape: shape[0] * shape[1])
+        size = (maps[0].shape[2], maps[0].shape[3])
+        for one in maps:  # a loop, because torch 2.11 cannot trace max with a key
+            if one.shape[2] * one.shape[3] > size[0] * size[1]:
+                size = (one.shape[2], one.shape[3])
     stretched = torch.stack([normalize_map(resize_map(one, size)) for one in maps])
     share = stretched.new_tensor(given).view(-1, 1, 1, 1, 1)
     # A constant map is zeros by now, any other has a 1.

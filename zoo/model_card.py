@@ -196,7 +196,7 @@ def _snippet(facts: Facts, component: Component | None, repo_id: str | None) -> 
     if component is not None:
         lines.append("network = model.network  # the plain network, nothing of the zoo around it")
     modalities = [facts.args.get(f"{side}_modality") for side in ("trained", "frozen")]
-    if "text" in modalities:
+    if "text" in modalities or {"image", "text", "head"} <= facts.args.keys():
         lines.append('texts = model.encode_text(["a text", "another"])  # unit vectors, one a text')
     if facts.input_shape and modalities[0] != "text":
         lines.append(f"output = model(torch.randn({', '.join(map(str, facts.input_shape))}))")

@@ -132,13 +132,14 @@ class _SumOverRanks(torch.autograd.Function):
     def forward(ctx: Any, value: Tensor) -> Tensor:  # noqa: ARG004
         total = value.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
-        return total
+        # A tensor of its own: torch 2.11 compiles a result that was reduced in place into one without a gradient.
+        return total.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:  # noqa: ARG004
         total = gradients[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
-        return total
+        return total.clone()
 
 
 class _CombineLogSums(torch.autograd.Function):
