@@ -6,10 +6,10 @@
 Both towers are frozen: the student of ``nd-digits``, and the text tower of ``cwcl-digits`` (each is trained first if it
 is not there). n images with one caption each are what the heads and the choice of layers see. Compared are a weight of
 0 (the control) against 10, and the last blocks against those chosen by mutual kNN, with the same heads, steps, schedule
-and seeds; a seed sets the initial heads and the order, the n images are the same for all. The step with the lowest contrastive loss
-on the validation split (179 images, the same for every arm) is tested, as the paper stops early: at a fixed number of
-steps a control with few pairs is overtrained, and the regulariser looks better than it is. Each finished run is a line
-of ``<out>/results.jsonl``, and a rerun skips it.
+and seeds; a seed sets the initial heads and the order, the n images are the same for all. The step with the lowest
+contrastive loss on the validation split (179 images, the same for every arm) is tested, as the paper stops early: at a
+fixed number of steps a control with few pairs is overtrained, and the regulariser looks better than it is. Each
+finished run is a line of ``<out>/results.jsonl``, and a rerun skips it.
 
 The text tower of ``cwcl-digits`` has learned from this image tower, on all training images: the two are no strangers,
 and few pairs go far. "No gain" is an outcome that was expected before the runs: a third party found at most 1 point.
