@@ -54,6 +54,13 @@ FIGURE = Path("docs/results/structure.png")
 Key = tuple[int | None, str, float, int]
 
 
+class Pairs(DigitsCaptionsDataModule):
+    """The digits without prompts: while the heads train, the validation loss is all that is asked for."""
+
+    def zero_shot_prompts(self) -> dict[str, list[list[str]]]:
+        return {}
+
+
 def run(pairs: int | None, layers: Any, weight: float, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Train the heads once and return their test metrics under both wordings."""
     L.seed_everything(seed, verbose=False)
@@ -70,7 +77,7 @@ def run(pairs: int | None, layers: Any, weight: float, seed: int, options: argpa
             max_steps=options.steps, max_epochs=-1, accelerator="cpu", logger=False, callbacks=[best],
             enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, check_val_every_n_epoch=every,
         )  # fmt: skip
-        trainer.fit(model, DigitsCaptionsDataModule(train_samples=pairs, batch_size=BATCH, seed=seed))
+        trainer.fit(model, Pairs(train_samples=pairs, batch_size=BATCH, seed=seed))
         checkpoint = torch.load(best.best_model_path, weights_only=True)
         model.load_state_dict(checkpoint["state_dict"])
     seconds = time.process_time() - start
@@ -179,6 +186,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--limit", type=int, default=None, help="stop after so many new runs")
+    parser.add_argument("--pairs", type=int, nargs="*", help="these numbers of pairs only, 0 for all")
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -193,7 +201,8 @@ def main() -> None:
         if not Path("runs", tower, "config.json").exists() and zoo_command(["fit", "--config", tower]) != 0:
             raise SystemExit(f"the tower {tower} could not be trained")
     done = {key_of(row) for row in rows}
-    wanted = [(n, k, w, s) for s in range(options.seeds) for n in PAIRS for k in LAYERS for w in WEIGHTS]
+    sizes = PAIRS if options.pairs is None else [n or None for n in options.pairs]
+    wanted = [(n, k, w, s) for s in range(options.seeds) for n in sizes for k in LAYERS for w in WEIGHTS]
     for pairs, layers, weight, seed in [each for each in wanted if each not in done][: options.limit]:
         row = run(pairs, layers, weight, seed, options)
         print(json.dumps({name: value for name, value in row.items() if name != "metrics"}), flush=True)
