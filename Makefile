@@ -35,11 +35,15 @@ pytest: setup
 bench: setup
 	$(BIN)/python benchmarks/nd.py
 	$(BIN)/python benchmarks/distillation.py --batch 128
+	$(BIN)/python benchmarks/contrastive.py
+	$(BIN)/python benchmarks/structure.py
 	$(BIN)/python benchmarks/hub.py
 
 bench-gpu: setup
 	$(BIN)/python benchmarks/nd.py --device cuda
 	$(BIN)/python benchmarks/distillation.py --device cuda --precision bf16-mixed
+	$(BIN)/python benchmarks/contrastive.py --device cuda
+	$(BIN)/python benchmarks/structure.py --device cuda
 	$(BIN)/python benchmarks/nd_table.py --preset gpu --out runs/nd-table-gpu
 
 clean:
