@@ -24,7 +24,8 @@ from zoo.alignment_heads import HeadName
 from zoo.errors import InputError
 from zoo.losses import clip_loss, siglip_loss
 from zoo.losses.structure import structure_loss, structure_statistics
-from zoo.two_heads import MODALITIES, TwoHeadModule, unit
+from zoo.pair_evaluation import unit
+from zoo.two_heads import MODALITIES, TwoHeadModule
 
 __all__ = ["StructureAlignment"]
 
@@ -246,7 +247,8 @@ class StructureAlignment(TwoHeadModule):
         rows = len(features["image"])
         self.log_dict({f"{split}/{name}": v for name, v in losses.items()}, sync_dist=True, batch_size=rows)
         embeddings = {modality: unit(rows) for modality, rows in aligned.items()}
-        self.evaluation.update(embeddings, features, ids=batch.get("id"), labels=batch.get("label"))
+        kept = {f"structure/{modality}": (embeddings[modality], features[modality]) for modality in MODALITIES}
+        self.evaluation.update(embeddings, kept, ids=batch.get("id"), labels=batch.get("label"))
 
     def configure_optimizers(self) -> Any:
         """Return AdamW and the schedule, per step.

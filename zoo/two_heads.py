@@ -10,9 +10,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from zoo import towers
 from zoo.alignment_heads import HeadName, build_head
@@ -22,9 +20,9 @@ from zoo.layer_cache import CachedLayers
 from zoo.layer_selection import LayerScores
 from zoo.module import ZooModule
 from zoo.open_clip_networks import build_tokenizer
-from zoo.pair_evaluation import PairEvaluation
+from zoo.pair_evaluation import PairEvaluation, unit
 
-__all__ = ["MODALITIES", "TwoHeadModule", "unit"]
+__all__ = ["MODALITIES", "TwoHeadModule"]
 
 MODALITIES = ("image", "text")
 _LAYERS = ("select", "last")
@@ -110,7 +108,7 @@ class TwoHeadModule(ZooModule):
                 self.attach_frozen(modality, tower)
             else:
                 setattr(self, modality, tower)
-        self.evaluation = PairEvaluation(recall)
+        self.evaluation = PairEvaluation(MODALITIES, [f"structure/{modality}" for modality in MODALITIES], recall)
 
     # -- embeddings ------------------------------------------------------------------------------------------------
 
@@ -327,9 +325,3 @@ class TwoHeadModule(ZooModule):
     def _log_metrics(self, split: str) -> None:
         # Every process has computed the value of all of them; the mean only says so to Lightning.
         self.log_dict({f"{split}/{name}": v for name, v in self.evaluation.finish().items()}, sync_dist=True)
-
-
-def unit(embeddings: Tensor) -> Tensor:
-    """Return rows of length 1, in float32 at least; zeros stay zeros."""
-    wide = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
-    return F.normalize(wide, dim=1)

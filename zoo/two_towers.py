@@ -13,15 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from zoo import towers
 from zoo.encoder import Encoder
 from zoo.errors import InputError, nearest
 from zoo.features import FeatureTap, OutputTap
-from zoo.metrics import RetrievalRecall, StructureTransfer, ZeroShotAccuracy, class_embeddings
 from zoo.module import ZooModule
 from zoo.open_clip_networks import build_tokenizer
+from zoo.pair_evaluation import PairEvaluation, unit
 
 __all__ = ["TwoTowerModule"]
 
@@ -115,15 +114,13 @@ class TwoTowerModule(ZooModule):
         }
         self.log_scale = nn.Parameter(torch.tensor(math.log(init_scale)), requires_grad=learn_scale)
 
-        self.retrieval = RetrievalRecall(tuple(recall))
-        self.structure = StructureTransfer()
-        self.zero_shot: dict[str, ZeroShotAccuracy] = {}
+        self.evaluation = PairEvaluation((frozen_modality, trained_modality), ["structure"], recall)
 
     # -- embeddings ------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the unit embeddings (B, D) of the trained modality."""
-        return _unit(self.trained(x))
+        return unit(self.trained(x))
 
     def encode(self, modality: str, x: Tensor | list[str]) -> Tensor:
         """Return unit embeddings, float32.
@@ -161,11 +158,11 @@ class TwoTowerModule(ZooModule):
         """Return what the frozen tower says (B, D_r), a constant, and its unit embedding (B, D)."""
         if not self.locked:
             embedding = self.frozen(x)
-            return embedding.detach(), _unit(embedding)
+            return embedding.detach(), unit(embedding)
         assert isinstance(self.frozen, towers.Tower)
         with torch.no_grad():
             features = self.frozen.features(x)
-        return features, _unit(self.frozen_projection(features))
+        return features, unit(self.frozen_projection(features))
 
     def _tokens(self, tower: nn.Module, modality: str, texts: list[str]) -> Tensor:
         network = tower.network if isinstance(tower, towers.Tower) else tower
@@ -282,15 +279,7 @@ class TwoTowerModule(ZooModule):
         return {name: self.encode(name, batch[name]) for name in known if name in batch}
 
     def _start_evaluation(self) -> None:
-        data: Any = getattr(self.trainer, "datamodule", None)
-        prompts = data.zero_shot_prompts() if hasattr(data, "zero_shot_prompts") else {}
-        self.zero_shot = {}
-        if "text" not in (self.trained_modality, self.frozen_modality):
-            return
-        for name, sentences in prompts.items():
-            metric = ZeroShotAccuracy(top_k=1).to(self.device)
-            metric.set_classes(class_embeddings(self.encode_text, sentences))
-            self.zero_shot[name] = metric
+        self.evaluation.start(self.encode_text, getattr(self.trainer, "datamodule", None), self.device)
 
     def _evaluate(self, batch: Any, split: str) -> None:
         trained, frozen = self._pair(batch)
@@ -298,29 +287,15 @@ class TwoTowerModule(ZooModule):
         embedded = self(trained)
         loss = self.batch_loss(embedded, embeddings, features)
         self.log(f"{split}/loss", loss, sync_dist=True, batch_size=len(trained))
-        ids = batch.get("id")
-        self.retrieval.update(embeddings, embedded, ids)
-        self.structure.update(embedded, features, ids)
-        samples = embeddings if self.trained_modality == "text" else embedded
-        for metric in self.zero_shot.values():
-            if "label" in batch:
-                metric.update(samples, batch["label"])
+        self.evaluation.update(
+            {self.frozen_modality: embeddings, self.trained_modality: embedded},
+            {"structure": (embedded, features)},
+            ids=batch.get("id"), labels=batch.get("label"),
+        )  # fmt: skip
 
     def _log_metrics(self, split: str) -> None:
-        names = {"image": self.frozen_modality, "text": self.trained_modality}
-        found: dict[str, Any] = {}
-        for key, value in self.retrieval.compute().items():
-            direction, measure = key.split("/")
-            first, second = (names[side] for side in direction.split("_to_"))
-            found[f"{split}/retrieval/{first}_to_{second}/{measure}"] = value
-        found[f"{split}/structure"] = self.structure.compute()
-        for name, metric in self.zero_shot.items():
-            found[f"{split}/zero_shot/{name}"] = metric.compute()
         # Every process has computed the value of all of them; the mean only says so to Lightning.
-        self.log_dict(found, sync_dist=True)
-        self.retrieval.reset()
-        self.structure.reset()
-        self.zero_shot = {}
+        self.log_dict({f"{split}/{name}": v for name, v in self.evaluation.finish().items()}, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         """Return AdamW and, per step, a linear warm-up followed by a cosine to 0.
@@ -343,12 +318,6 @@ class TwoTowerModule(ZooModule):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
-
-
-def _unit(embeddings: Tensor) -> Tensor:
-    """Return rows of length 1, in float32 at least; zeros stay zeros."""
-    wide = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
-    return F.normalize(wide, dim=1)
 
 
 def _create(
