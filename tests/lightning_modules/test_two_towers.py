@@ -185,6 +185,24 @@ def test_golden_validation_of_a_perfect_pair(name: str) -> None:
     assert found["val/loss"] > 0
 
 
+class SameCaption(PromptedPairs):
+    """Every image has the caption of class 0: the classes are to be found in the images, not in their captions."""
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        rows = list(super().val_dataloader().dataset)
+        return DataLoader([{**row, "text": rows[0]["text"]} for row in rows], batch_size=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_zero_shot_classifies_what_is_not_text(flipped: bool) -> None:
+    towers = {"trained": Words(), "frozen": Perfect()}
+    if flipped:
+        towers = {"trained": Perfect(), "frozen": Words(), "trained_modality": "image", "frozen_modality": "text"}
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    (found,) = trainer.validate(build("CLIP", **towers), SameCaption(), verbose=False)
+    assert found["val/zero_shot/right"] == 1.0
+
+
 @BOTH
 def test_resume_equals_uninterrupted(name: str, tmp_path: Path) -> None:
     whole = build(name)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.losses.cwcl_cases import dense_directions, dense_weights, double, random_case
 from zoo.losses.contrastive import clip_loss
 from zoo.losses.cwcl import cwcl_loss, cwcl_statistics
 
@@ -82,38 +83,8 @@ KERNELS: dict[str, dict[str, Any]] = {
 }
 
 
-def double(values: Any) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
 def golden() -> tuple[Tensor, Tensor, Tensor]:
     return double(TRAINED).requires_grad_(), double(FROZEN), double(BACKBONE)
-
-
-def random_case(count: int = 11, *, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-    trained, frozen = (torch.randn(count, 5, dtype=dtype).requires_grad_() for _ in range(2))
-    return trained, frozen, torch.randn(count, 4, dtype=dtype)
-
-
-def dense_weights(features: Tensor, kernel: str, options: dict[str, Any]) -> Tensor:
-    cosines = (F.normalize(features, dim=1) @ F.normalize(features, dim=1).t()).clamp(-1, 1)
-    weights = ((1 + cosines) / 2) ** options.get("exponent", 1.0)
-    if kernel == "exp":
-        weights = ((cosines - 1) / options["temperature"]).exp()
-    if kernel == "topk":
-        lowest = cosines.topk(options["neighbours"], dim=1).values[:, -1:]
-        weights = weights * (cosines >= lowest - 1e-6)
-    return weights / weights.sum(1, keepdim=True)
-
-
-def dense_directions(
-    trained: Tensor, frozen: Tensor, weights: Tensor, scale: Tensor | float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted from the trained side, plain from the frozen side, weighted from the frozen side."""
-    scores = scale * F.normalize(trained, dim=1) @ F.normalize(frozen, dim=1).t()
-    weighted = -(weights * scores.log_softmax(1)).sum(1).mean()
-    reverse = -(weights * scores.t().log_softmax(1)).sum(1).mean()
-    return weighted, F.cross_entropy(scores.t(), torch.arange(len(trained))), reverse
 
 
 def test_golden() -> None:
