@@ -248,7 +248,8 @@ class PushToHub(pl.Callback):
             epochs += whole
         version = f"epoch-{max(epochs - 1, 0)}" if whole else f"epoch-{epochs}-step-{trainer.global_step}"
         try:
-            snapshot = hub.snapshot(pl_module, run=self._facts(trainer, epochs))
+            facts, figures = self._facts(trainer, epochs), run_facts.figures(trainer)
+            snapshot = hub.snapshot(pl_module, run=facts, figures=figures)
         except InputError as error:
             _log.warning("PushToHub: %s is not pushed: %s", version, error)
             return

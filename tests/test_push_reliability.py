@@ -54,10 +54,10 @@ def results(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def send_by_hand(runs: Runs, hub: HubServer, repo_id: str = "me/x") -> Path:
-    """Run the last command that the log names, check that it sends a whole version, and return its folder."""
-    *_, command = re.findall(r"`(zoo push .*?)` sends it", runs.printed)
-    words = shlex.split(command)
-    assert words[3] == repo_id
+    """Run the last command that the log names for it, check that it sends a whole version, and return its folder."""
+    commands = [shlex.split(command) for command in re.findall(r"`(zoo push .*?)` sends it", runs.printed)]
+    # Two repositories are sent to side by side: which of them is logged last is chance.
+    *_, words = (words for words in commands if words[3] == repo_id)
     folder = Path(words[2])
     assert runs("zoo", words=words[1:]) == 0, runs.printed
     assert hub.files(repo_id)["model.safetensors"] == (folder / "model.safetensors").read_bytes()

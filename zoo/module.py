@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import lightning.pytorch as pl
@@ -39,6 +40,7 @@ class ZooModule(pl.LightningModule):
         hub_folder: the folder that the model was loaded from, if it was.
         hub_commit: the commit on the Hub that it was loaded from, if it was.
         run_facts: facts of the run that made it, for the card (see `zoo.run_facts.collect`).
+        run_figures: what was drawn in that run, for the card (see `zoo.run_facts.figures`).
     """
 
     deployable: ClassVar[str] = ""
@@ -50,6 +52,7 @@ class ZooModule(pl.LightningModule):
     hub_folder: Path | None = None
     hub_commit: str | None = None
     run_facts: dict[str, Any] | None = None
+    run_figures: Mapping[str, bytes] = MappingProxyType({})
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Record the arguments of the call; `__init__` sees them unchanged."""

@@ -57,7 +57,7 @@ def read_text(folder: Path, name: str) -> str | None:
 def write_card(
     folder: Path, *, existing: str | None = None, repo_id: str | None = None, source: Path | None = None
 ) -> None:
-    """Write README.md and figures into a folder.
+    """Write README.md and the curves into a folder; the card shows them and the figures that the model is stored with.
 
     Args:
         folder: where they are written.
@@ -72,6 +72,7 @@ def write_card(
     component = registry.describe(config["component"]) if config["component"] in registry.components() else None
     history = (config.get("run") or {}).get("history") or {}
     figures = model_card.write_figures(history, folder)
+    figures += [name for name in storage.DRAWN if storage.locate(origin, name) is not None]
     recipe = read_text(origin, "recipe.yaml")
     if existing is not None:
         existing = _SCRIPT_LINK.sub("about:blank#", _ACTIVE.sub("&lt;", existing))

@@ -10,10 +10,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from zoo import storage
 from zoo.arguments import encode
 from zoo.errors import InputError
 
-__all__ = ["by_split", "collect"]
+__all__ = ["by_split", "collect", "figures"]
 
 
 def collect(
@@ -48,6 +49,33 @@ def collect(
         facts["data"] = {"name": type(data).__name__, "args": _arguments(data), "splits": _splits(data)}
     optional = {"seconds": None if seconds is None else round(seconds, 1), "seed": seed, "monitor": monitor}
     return {**facts, **{name: value for name, value in optional.items() if value is not None}}
+
+
+def figures(trainer: pl.Trainer) -> dict[str, bytes]:
+    """Return what the module and the callbacks of a run have drawn for the card.
+
+    Whoever has a method ``card_figures() -> dict[str, bytes]`` is asked, the module first. It returns PNG files by name:
+    ``"layers"``, ``"robustness"``, ``"saliency"`` or ``"samples"``, as `zoo.storage.DRAWN` has them.
+
+    Args:
+        trainer: the trainer during, or after, fit.
+
+    Returns:
+        PNG files by their place in the stored format, such as ``"figures/saliency.png"``.
+
+    Raises:
+        InputError: a name that the stored format does not have.
+    """
+    found = {}
+    for source in (trainer.lightning_module, *trainer.callbacks):  # type: ignore[attr-defined] # no such hint there
+        draw = getattr(source, "card_figures", None)
+        for name, png in (draw() if draw is not None else {}).items():
+            file = f"figures/{name}.png"
+            if file not in storage.DRAWN:
+                known = ", ".join(Path(drawn).stem for drawn in storage.DRAWN)
+                raise InputError(f"{type(source).__name__}.card_figures() may return {known}, got {name!r}")
+            found[file] = png
+    return found
 
 
 def by_split(metrics: Mapping[str, Any]) -> dict[str, dict[str, float]]:

@@ -15,11 +15,13 @@ from pathlib import Path
 
 from zoo.errors import InputError
 
-__all__ = ["FILES", "locate", "names", "write"]
+__all__ = ["DRAWN", "FILES", "locate", "names", "write"]
 
+# Figures that components draw themselves (see `zoo.run_facts.figures`), by file.
+DRAWN = ("figures/layers.png", "figures/robustness.png", "figures/saliency.png", "figures/samples.png")
 # The files of the format. A hand-written README.md outlives a save that brings none; the others belong to one version.
 FILES = (
-    "config.json", "model.safetensors", "recipe.yaml", "README.md", "figures/loss.png", "figures/metrics.png",
+    "config.json", "model.safetensors", "recipe.yaml", "README.md", "figures/loss.png", "figures/metrics.png", *DRAWN,
 )  # fmt: skip
 _KEPT = ("README.md",)
 _COMMITTED = ".saved"

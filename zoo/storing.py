@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,11 +40,13 @@ class Snapshot:
         config: the configuration without the hash of the weights.
         tensors: the tensors to store, on the CPU.
         recipe: the LightningCLI configuration of the run as YAML text.
+        figures: what the component and the callbacks have drawn for the card, as `zoo.run_facts.figures` returns it.
     """
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     recipe: str | None = None
+    figures: Mapping[str, bytes] = field(default_factory=dict)
 
     def write(self, folder: Path) -> Path:
         """Store it in a folder, at one stroke, with a model card; needs neither the model nor the main thread.
@@ -68,6 +71,9 @@ class Snapshot:
             shutil.copymode(staging / "config.json", staging / "model.safetensors")
             if self.recipe is not None:
                 (staging / "recipe.yaml").write_text(self.recipe, encoding="utf-8")
+            for name, png in self.figures.items():
+                (staging / name).parent.mkdir(exist_ok=True)
+                (staging / name).write_bytes(png)
             publish.write_card(staging, existing=publish.read_text(folder, "README.md"))
 
         storage.write(folder, fill)
@@ -75,7 +81,12 @@ class Snapshot:
 
 
 def snapshot(
-    model: pl.LightningModule, *, recipe: str | None = None, run: dict[str, Any] | None = None, copy: bool = True
+    model: pl.LightningModule,
+    *,
+    recipe: str | None = None,
+    run: dict[str, Any] | None = None,
+    figures: Mapping[str, bytes] | None = None,
+    copy: bool = True,
 ) -> Snapshot:
     """Take what is to be stored of a model.
 
@@ -83,6 +94,8 @@ def snapshot(
         model: a `ZooModule`, or any LightningModule, of which the plain weights and the JSON hyper-parameters are taken.
         recipe: the LightningCLI configuration of the run as YAML text.
         run: facts of the run for the card; see `run_facts`.
+        figures: figures for the card by file, as `zoo.run_facts.figures` returns them; those that the model carries if
+            omitted.
         copy: copy the tensors, so that training can go on before they are written.
 
     Raises:
@@ -99,7 +112,9 @@ def snapshot(
     config = {"zoo_format": FORMAT, "versions": _versions(), **config, "run": run if run is not None else config["run"]}
     if copy:
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    return Snapshot(config, tensors, recipe)
+    if figures is None:
+        figures = model.run_figures if isinstance(model, ZooModule) else {}
+    return Snapshot(config, tensors, recipe, figures)
 
 
 def _take_component(model: ZooModule) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -170,6 +170,7 @@ class ZooCLI(LightningCLI):
             history=self.curves.history,
         )
         self.model.run_facts = {**facts, "metrics": self._results()}
+        self.model.run_figures = run_facts.figures(self.trainer)
         self._store()
 
     def _results(self) -> dict[str, dict[str, Any]]:
