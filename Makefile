@@ -30,9 +30,7 @@ types: setup
 	$(BIN)/mypy
 
 pytest: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/test_push_reliability.py
-	@# By itself: it closes a port and counts on nobody else taking it.
-	$(BIN)/python -m pytest tests/test_push_reliability.py
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 bench: setup
 	$(BIN)/python benchmarks/nd.py

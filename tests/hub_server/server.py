@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,6 +59,7 @@ class HubServer:
         self._site = Site(self.store, self.tokens, self.read_tokens, orgs or {}, page_size, port)
         self._wire: Wire | None = None
         self._thread: threading.Thread | None = None
+        self._reserved: socket.socket | None = None
         self._log: list[Request] = []
         self._errors: list[str] = []
 
@@ -69,12 +71,17 @@ class HubServer:
         self._wire = Wire(self._site.port, self._route, self.faults)
         self._wire.log, self._wire.errors = self._log, self._errors
         self._site.port = self._wire.server_address[1]
+        self._give_up_port()
         self._thread = threading.Thread(target=self._wire.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self._thread.start()
         return self
 
     def stop(self) -> None:
-        """Close the port and every connection; what a held request asked is not done. Clears the faults."""
+        """Close the port and every connection; what a held request asked is not done. Clears the faults.
+
+        Connections are refused from then on, and no other process gets the port until the server starts again or its
+        ``with`` block ends.
+        """
         if self._wire is None:
             return
         assert self._thread is not None
@@ -83,6 +90,9 @@ class HubServer:
         wire.hang_up()
         self.faults.clear()
         wire.server_close()
+        self._reserved = socket.socket()
+        self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._reserved.bind(("127.0.0.1", self._site.port))
         self._thread.join()
         with wire.changed:  # whoever looks at the folder next finds nobody writing there
             wire.changed.wait_for(lambda: wire.busy == 0, 30.0)
@@ -94,6 +104,12 @@ class HubServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+        self._give_up_port()
+
+    def _give_up_port(self) -> None:
+        if self._reserved is not None:
+            self._reserved.close()
+            self._reserved = None
 
     @property
     def port(self) -> int:
