@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.nd import peak_bytes, seconds
-from zoo.combined_maps import combine_maps
+from zoo.combined_maps import combine_maps, normalize_map
 from zoo.contributions import contribution_map
 from zoo.layer_taps import LayerTaps, find_layers
 from zoo.saliency import saliency
@@ -184,10 +184,20 @@ def others(network: Any, images: Tensor, targets: Tensor) -> dict[str, Callable[
     return found
 
 
+def require_agreement(functions: dict[str, Callable[[], object]]) -> None:
+    """Refuse to time functions that do not give the same maps."""
+    ours = normalize_map(torch.as_tensor(functions["ours"]()))
+    for function in functions.values():
+        theirs = torch.as_tensor(function(), device=ours.device).detach().view_as(ours)
+        # One library resizes by OpenCV, after stretching; at rounding's distance from zero a map may be anything.
+        torch.testing.assert_close(normalize_map(theirs), ours, rtol=0, atol=0.05)
+
+
 def compare_libraries(network: nn.Module, images: Tensor, targets: Tensor, rounds: int, device: str) -> Table:
     table = table_of(f"Grad-CAM of layer4, a batch of {len(images)}", ("", "ms", "ours takes", "target", ""))
     functions = others(network, images, targets)
     functions["ours"] = lambda: saliency(network, images, targets, layers="layer4", method="gradcam")
+    require_agreement(functions)
     found = medians(functions, rounds, device)
     for name, time in found.items():
         if name == "ours":

@@ -26,6 +26,7 @@ _COMMANDS = {
     "push": "send a stored model to the Hub: zoo push runs/nd-digits me/nd-digits",
     "pull": "copy a stored model from the Hub: zoo pull me/nd-digits FOLDER",
     "card": "render the model card of a stored model: zoo card runs/nd-digits",
+    "saliency": "draw where a classifier looks: zoo saliency me/nd-digits IMAGE… --layers layer3 --out out",
     "demo": "distil a student on scikit-learn's digits, store it, load it back",
 }
 
@@ -64,6 +65,7 @@ def _run(command: str, words: list[str]) -> None:
         "push": _push,
         "pull": _pull,
         "card": _card,
+        "saliency": _saliency,
     }
     if command in plain:
         plain[command](words)
@@ -234,6 +236,69 @@ def _card(words: list[str]) -> None:
         raise InputError(f"{options.run} is no stored model: it has no config.json")
     publish.write_card(options.run, existing=publish.read_text(options.run, "README.md"))
     sys.stdout.write(f"{options.run / 'README.md'}\n")
+
+
+def _saliency(words: list[str]) -> None:
+    parser = _Parser(
+        prog="zoo saliency",
+        description="Draw where in images a classifier finds what speaks for a class (NormGrad and its relatives).",
+    )
+    parser.add_argument(
+        "source", help="a stored classifier's folder, owner/name on the Hub, or a tower such as timm/resnet18.a1_in1k"
+    )
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
+    parser.add_argument("--out", required=True, help="folder for the overlays, <image>-class<k>.png")
+    parser.add_argument(
+        "--layers",
+        type=_words,
+        help="modules, separated by commas, combined if several (default: each stage's last block)",
+    )
+    parser.add_argument(
+        "--method",
+        default="normgrad",
+        help="normgrad (default), selective, gradcam, layercam, hirescam, linear, gradient or gradient_sum",
+    )
+    parser.add_argument(
+        "--classes",
+        type=_words,
+        default=["predicted"],
+        help="what to explain: predicted (default), numbers of classes, or both, separated by commas",
+    )
+    parser.add_argument("--meta-lr", type=float, help="make a step of this size on each image first, such as 0.0025")
+    parser.add_argument(
+        "--combine", choices=("geomean", "product", "sum"), default="geomean", help="how several layers become one"
+    )
+    parser.add_argument("--alpha", type=float, default=0.8, help="opacity of the most salient place (default: 0.8)")
+    parser.add_argument("--device", help="such as cuda (default: a GPU if there is one, else cpu)")
+    parser.add_argument("--size", type=int, help="side of the input in pixels, where none is recorded")
+    parser.add_argument("--mean", type=_numbers, help="means of the channels, separated by commas, likewise")
+    parser.add_argument("--std", type=_numbers, help="their standard deviations, likewise")
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+    options = vars(parser.parse_args(words))
+    as_json = options.pop("json")
+    given = {name: options.pop(name) for name in ("size", "mean", "std")}
+    from zoo.saliency_command import explain
+    from zoo.saliency_inputs import Preparation
+
+    found = explain(**options, preparation=Preparation(**given))
+    if as_json:
+        rows = [{"class" if key == "target" else key: value for key, value in asdict(one).items()} for one in found]
+        sys.stdout.write(json.dumps(rows, indent=2) + "\n")
+        return
+    for one in found:
+        explained = f"class {one.target}, score {one.score:.3f} ({one.probability:.1%})"
+        sys.stdout.write(f"{one.image}: {explained}, layers {', '.join(one.layers)}: {one.file}\n")
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected numbers separated by commas, got {text!r}") from error
 
 
 class _Parser(argparse.ArgumentParser):

@@ -40,16 +40,20 @@ from zoo.combined_maps import Combine, combine_maps, normalize_map, resize_map
 from zoo.contributions import Aggregate, Extract, contribution_map, require_choice
 from zoo.errors import InputError
 from zoo.layer_taps import Capture, LayerTaps, convolution_input, find_layers
+from zoo.randomization import RandomizationCheck, randomization_check
 from zoo.score_passes import Score, ScorePasses, Targets
 
 __all__ = [
     "METHODS",
     "LayerMaps",
     "Method",
+    "RandomizationCheck",
+    "chosen_method",
     "combine_maps",
     "contribution_map",
     "layer_maps",
     "normalize_map",
+    "randomization_check",
     "saliency",
 ]
 
@@ -175,7 +179,7 @@ def saliency(
         >>> saliency(network, image, 1, layers="0").argmax().item()
         13
     """
-    how = _method(method, extract, aggregate)
+    how = chosen_method(method, extract, aggregate)
     taps = LayerTaps(
         model,
         find_layers(model, layers),
@@ -237,7 +241,7 @@ def layer_maps(
         >>> found.maps["1"].shape, found.targets.shape, found.output.shape
         (torch.Size([5, 1, 2, 2]), torch.Size([5]), torch.Size([5, 3]))
     """
-    how = _method(method, extract, aggregate)
+    how = chosen_method(method, extract, aggregate)
     taps = LayerTaps(
         model,
         find_layers(model, layers),
@@ -273,7 +277,17 @@ def _map(capture: Capture, method: Method, kernel_size: int, module: nn.Module |
     return result.clamp_min(0) if method.positive else result
 
 
-def _method(method: str | Method | None, extract: Extract | None, aggregate: Aggregate | None) -> Method:
+def chosen_method(method: str | Method | None, extract: Extract | None, aggregate: Aggregate | None) -> Method:
+    """Return the method that the options of `saliency` stand for.
+
+    Args:
+        method: as for `saliency`.
+        extract: as for `saliency`.
+        aggregate: as for `saliency`.
+
+    Raises:
+        InputError: an unknown name, or a method beside `extract` or `aggregate`.
+    """
     if method is not None and (extract is not None or aggregate is not None):
         raise InputError("method stands for extract and aggregate: give one or the other")
     if isinstance(method, Method):
