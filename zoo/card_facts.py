@@ -21,7 +21,7 @@ _REPO = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 _DATA_SET = re.compile(rf"hf://datasets/({_REPO})(?:@[^/]*)?(?:/|\Z)", re.ASCII)
 _FAMILY = re.compile(r"(?:timm|torchvision|open_clip|zoo)/.|hf://.")
 # Arguments that hold a network, so that a path in them is the place of a stored model and not of data.
-_NETWORKS = ("backbone", "encoder", "frozen", "image", "network", "student", "teacher", "text", "trained")
+_NETWORKS = ("backbone", "encoder", "encoders", "frozen", "image", "network", "student", "teacher", "text", "trained")
 _NOT_FINITE = frozenset({"nan", "inf", "+inf", "-inf", "infinity", "-infinity"})
 
 
@@ -203,7 +203,13 @@ def _origins(config: Mapping[str, Any], args: dict[str, Any]) -> Iterator[Origin
         )
     for part in supplied.keys() - omitted.keys():
         yield Origin(public(part), None)
-    for part, name in args.items():
+    inside = {
+        f"{part}.{key}": item
+        for part, value in args.items()
+        if isinstance(value, Mapping) and "component" not in value
+        for key, item in value.items()
+    }
+    for part, name in {**args, **inside}.items():
         if part not in omitted and isinstance(name, str) and _is_network(part, name, args):
             yield _origin(part, name)
         if isinstance(name, Mapping) and {"component", "source", "sha256"} <= name.keys():
@@ -217,7 +223,8 @@ def _origins(config: Mapping[str, Any], args: dict[str, Any]) -> Iterator[Origin
 
 def _is_network(part: str, name: str, args: dict[str, Any]) -> bool:
     path = name.startswith((".", "/", "~"))
-    return bool(_FAMILY.match(name)) or (path and (part in _NETWORKS or f"{part}_options" in args))
+    known = part.partition(".")[0] in _NETWORKS or f"{part}_options" in args
+    return bool(_FAMILY.match(name)) or (path and known)
 
 
 def _origin(part: str, name: Any, **known: Any) -> Origin:
