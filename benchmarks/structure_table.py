@@ -149,10 +149,15 @@ def report(rows: list[dict[str, Any]]) -> None:
     draw(by)
 
 
+def label_of(kind: str, weight: float) -> str:
+    return f"{'selected' if kind == 'select' else 'last'} layers, λ = {weight:g}"
+
+
 def draw(by: dict[Key, dict[str, Any]]) -> None:
     """Draw accuracy over the number of pairs."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     figure = Figure(figsize=(8.0, 3.2), layout="constrained")
     FigureCanvasAgg(figure)
@@ -163,17 +168,22 @@ def draw(by: dict[Key, dict[str, Any]]) -> None:
                 found = [(i, list(values(by, n, kind, weight, metric).values())) for i, n in enumerate(PAIRS)]
                 points = [(i, statistics.mean(v), statistics.stdev(v)) for i, v in found if v]
                 if points:
-                    label = f"{'selected' if kind == 'select' else 'last'} layers, λ = {weight:g}"
                     axes.errorbar(
                         *zip(*points, strict=True), color=COLOURS[kind], linestyle="-" if weight else "--", marker="o",
-                        markersize=3, capsize=2, label=label,
+                        markersize=3, capsize=2,
                     )  # fmt: skip
         axes.set_xticks(range(len(PAIRS)), [str(n or "all") for n in PAIRS])
         axes.set_xlabel("pairs")
         axes.set_ylabel("top-1 accuracy (%)")
         axes.set_title(metric, fontsize=10)
         axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    # A line as short as those of a legend is hidden by its marker and bars, dashes and all.
+    handles = [
+        Line2D([], [], color=COLOURS[kind], linestyle="-" if weight else "--", label=label_of(kind, weight))
+        for kind in LAYERS
+        for weight in WEIGHTS
+    ]
+    axes.legend(handles=handles, fontsize=7, handlelength=3.5)
     FIGURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(FIGURE, dpi=120, facecolor="white", metadata={"Software": None})
     print(f"\n{FIGURE}")

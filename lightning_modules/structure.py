@@ -7,22 +7,26 @@ neighbours, and each head pays for neighbours that it moves::
     A_m = head_m(X_m)                                    X_m: frozen features of the chosen layer, m = image, text
     L   = base(A_1, A_2) + lambda_t (R_S(X_1, A_1) + R_S(X_2, A_2)) / 2       lambda_t = lambda min(1, t / warmup)
 
-base is CLIP at a fixed temperature, or SigLIP; R_S is `zoo.losses.structure_loss` at the same temperature; t counts
-optimizer steps from 0. Read: the authors' code, through the project's notes, and the abstract; not the paper's equations.
+base is CLIP at a fixed temperature, or SigLIP, or CSA: heads that begin as the canonical correlation of all training pairs
+(`zoo.canonical_correlation`) and are refined by -0.01 / D sum_i cos(A_1i, A_2i). R_S is `zoo.losses.structure_loss` at the
+same temperature; t counts optimizer steps from 0. Read: the authors' code, through the project's notes (its canonical
+correlation directly), and the abstract; not the paper's equations.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from zoo.alignment_heads import HeadName
+from zoo.canonical_correlation import CanonicalHead, PairMoments, fit_heads, pair_moments, whiten_heads
 from zoo.errors import InputError
 from zoo.losses import clip_loss, siglip_loss
+from zoo.losses.ranks import sum_over_ranks
 from zoo.losses.structure import structure_loss, structure_statistics
 from zoo.pair_evaluation import unit
 from zoo.two_heads import MODALITIES, TwoHeadModule
@@ -30,8 +34,10 @@ from zoo.two_heads import MODALITIES, TwoHeadModule
 __all__ = ["StructureAlignment"]
 
 _PERIOD = 50  # epochs from the highest to the lowest learning rate of the released schedule
+_CSA_SHARE = 0.01  # of the correlation in the released refinement
 _CHOICES = {
-    "base": ("clip", "siglip"), "schedule": ("released", "cosine", "constant"),
+    "base": ("clip", "siglip", "csa"), "schedule": ("released", "cosine", "constant"),
+    "head": ("linear", "low_rank_released", "low_rank", "mlp"),
     "level_weights": ("none", "inverse"), "divergence": ("released", "js"),
     "centering": ("mean", "none", "standard", "before"),
 }  # fmt: skip
@@ -48,12 +54,19 @@ class StructureAlignment(TwoHeadModule):
     Only the heads train, and only they are stored, with the towers whose weights have no public name. At the start of fit,
     layers that are not named are chosen (`layer_scores` keeps the scores) and recorded with the model.
 
+    With ``base="csa"`` a fit begins with one pass over all training pairs that sets the linear heads in closed form; another
+    fit begins anew. After each epoch, before it is validated, the directions are scaled to variance 1 again and weighted by
+    their correlations. The release has a temperature of 0.2 here, no warm-up, and 10 epochs
+    of Adam at 5e-4: ``structure_temperature=0.2, warmup_steps=0, lr=5e-4, weight_decay=0.0, schedule="constant"``.
+
     Logged: ``train/loss``; ``train/base_loss`` and ``train/structure_loss`` (mean of both modalities), unweighted;
     ``train/structure_weight``; every ``log_every_n_steps`` steps ``structure/{modality}/diagonal_mass`` and
     ``…/effective_neighbours``, which say whether the temperature suits the encoder. In validation ``val/base_loss``,
     ``val/structure_loss`` and ``val/loss``, at the full weight in every epoch; ``val/retrieval/{a}_to_{b}/r{k}``;
-    ``val/structure/{modality}``, the Spearman correlation of the cosines of embeddings and frozen features; and
-    ``val/zero_shot/{name}`` where the data module has ``zero_shot_prompts()``. The same under ``test/``.
+    ``val/structure/{modality}``, the Spearman correlation of the cosines of embeddings and frozen features;
+    ``val/trustworthiness/{modality}`` and ``val/continuity/{modality}``, over at most 2,000 samples of a split that has more
+    than twice ``kept_neighbours``; and ``val/zero_shot/{name}`` where the data module has ``zero_shot_prompts()``. The same
+    under ``test/``.
 
     Args:
         image: the image tower: a tower name, or a module.
@@ -72,7 +85,12 @@ class StructureAlignment(TwoHeadModule):
         embed_dim: width of the common space.
         image_options: options for the builder of a named tower.
         text_options: the same for the text tower.
-        base: ``"clip"``, or ``"siglip"`` with a learned scale and bias.
+        base: ``"clip"``; ``"siglip"`` with a learned scale and bias; or ``"csa"``, canonical correlation, with
+            ``head="linear"``.
+        canonical_ridge: of ``"csa"``: share of the mean variance that is added to the variance of each direction of the
+            features; 0 is the release's. With fewer pairs than dimensions only a ridge tells directions apart.
+        canonical_power: of ``"csa"``: a direction counts by this power of its correlation. 1 is CSA's similarity but for the
+            lengths of the embeddings, 0 is STRUCTURE's release.
         structure_weight: lambda, the weight of the regulariser after the warm-up; 0 is the control.
         warmup_steps: optimizer steps over which it grows from 0.
         temperature: of CLIP, fixed, and of the regulariser.
@@ -88,6 +106,8 @@ class StructureAlignment(TwoHeadModule):
             data module must be one of the zoo's. None runs the towers in each step.
         pad_id: token number of padding, where the text tower does not know it.
         recall: the k of the retrieval metrics.
+        kept_neighbours: k of trustworthiness and continuity in evaluation, which take time quadratic in up to 2,000 samples;
+            None for neither. The paper's k are 100 and 1,000.
         chunk_size: tile of the losses; the engines choose if omitted.
         lr: learning rate of the default optimizer, AdamW.
         weight_decay: its weight decay; biases, gates and scales have none.
@@ -122,7 +142,9 @@ class StructureAlignment(TwoHeadModule):
         embed_dim: int = 512,
         image_options: dict[str, Any] | None = None,
         text_options: dict[str, Any] | None = None,
-        base: Literal["clip", "siglip"] = "clip",
+        base: Literal["clip", "siglip", "csa"] = "clip",
+        canonical_ridge: float = 0.01,
+        canonical_power: float = 1.0,
         structure_weight: float = 10.0,
         warmup_steps: int = 1000,
         temperature: float = 0.05,
@@ -136,24 +158,36 @@ class StructureAlignment(TwoHeadModule):
         cache: str | None = None,
         pad_id: int | None = None,
         recall: Sequence[int] = (1, 5, 10),
+        kept_neighbours: int | None = 10,
         chunk_size: int | None = None,
         lr: float = 1e-3,
         weight_decay: float = 1e-4,
         schedule: Literal["released", "cosine", "constant"] = "released",
     ) -> None:
+        if base == "csa" and head != "linear":
+            raise InputError(f"base='csa' gives linear maps: head must be 'linear', got {head!r}")
         super().__init__(
             image=image, text=text, image_layer=image_layer, text_layer=text_layer, image_dim=image_dim, text_dim=text_dim,
-            layers=layers, neighbours=neighbours, selection_samples=selection_samples, head=head, embed_dim=embed_dim,
-            image_options=image_options, text_options=text_options, cache=cache, pad_id=pad_id, recall=recall,
+            layers=layers, neighbours=neighbours, selection_samples=selection_samples,
+            head="canonical" if base == "csa" else head, embed_dim=embed_dim, image_options=image_options,
+            text_options=text_options, cache=cache, pad_id=pad_id, recall=recall, kept_neighbours=kept_neighbours,
         )  # fmt: skip
         _check(
             structure_weight=structure_weight, warmup_steps=warmup_steps, temperature=temperature, margin=margin,
-            structure_temperature=structure_temperature, levels=levels,
+            structure_temperature=structure_temperature, levels=levels, canonical_ridge=canonical_ridge,
+            canonical_power=canonical_power,
         )  # fmt: skip
         _check_choices(
-            base=base, schedule=schedule, level_weights=level_weights, divergence=divergence, centering=centering
+            base=base,
+            head=head,
+            schedule=schedule,
+            level_weights=level_weights,
+            divergence=divergence,
+            centering=centering,
         )
         self.base = base
+        self._canonical: dict[str, Any] = {"ridge": canonical_ridge, "power": canonical_power}
+        self._moments: PairMoments | None = None
         self.structure_weight = structure_weight
         self.warmup_steps = warmup_steps
         self.temperature = temperature
@@ -174,7 +208,10 @@ class StructureAlignment(TwoHeadModule):
     # -- losses ----------------------------------------------------------------------------------------------------
 
     def base_loss(self, image: Tensor, text: Tensor) -> Tensor:
-        """Return the contrastive loss of unit embeddings (B, D) of pairs, in nats."""
+        """Return the base loss of unit embeddings (B, D) of pairs: contrastive in nats, or that of ``"csa"``."""
+        if self.base == "csa":
+            total = -(image * text).sum() / self.embed_dim
+            return _CSA_SHARE * (sum_over_ranks(total) if self.spans_processes else total)
         given: dict[str, Any] = {"gather": self.spans_processes, "chunk_size": self.chunk_size}
         if self.base == "clip":
             return clip_loss(image, text, scale=1 / self.temperature, **given)
@@ -182,8 +219,12 @@ class StructureAlignment(TwoHeadModule):
 
     def regulariser(self, features: dict[str, Tensor], aligned: dict[str, Tensor]) -> Tensor:
         """Return R_S, the mean of both modalities, in nats."""
+        frozen = features
+        if self.base == "csa":
+            # Its heads see centred features, and so does the release's regulariser.
+            frozen = {m: head.centred(features[m]) for m, head in zip(MODALITIES, self._canonical_heads, strict=True)}
         losses = [
-            structure_loss(features[m], aligned[m], gather=self.spans_processes, **self.structure_options)
+            structure_loss(frozen[m], aligned[m], gather=self.spans_processes, **self.structure_options)
             for m in MODALITIES
         ]
         return (losses[0] + losses[1]) / 2
@@ -195,6 +236,43 @@ class StructureAlignment(TwoHeadModule):
             step: optimizer steps so far.
         """
         return self.structure_weight * (min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0)
+
+    # -- canonical correlation -------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Choose the layers, see `TwoHeadModule`, and set the heads of ``"csa"``.
+
+        Raises:
+            InputError: ``"csa"`` over data of unknown length, or over fewer than two pairs.
+        """
+        super().setup(stage)
+        if stage == "fit" and self.base == "csa":
+            moments = pair_moments(self.feature_pairs())
+            # Each process has seen all pairs, but may have rounded otherwise.
+            self._moments = self.trainer.strategy.broadcast(moments)
+            fit_heads(self._canonical_heads, self._moments, **self._canonical)
+
+    def teardown(self, stage: str) -> None:
+        """Undo what `setup` did to the data."""
+        super().teardown(stage)
+        self._moments = None
+
+    def on_validation_epoch_start(self) -> None:
+        """Scale the directions of ``"csa"`` and embed the prompts of the classes with the heads as they are now."""
+        self._whiten()
+        super().on_validation_epoch_start()
+
+    def on_train_epoch_end(self) -> None:
+        """Scale the directions of ``"csa"``."""
+        self._whiten()
+
+    def _whiten(self) -> None:
+        if self._moments is not None:
+            whiten_heads(self._canonical_heads, self._moments, **self._canonical)
+
+    @property
+    def _canonical_heads(self) -> tuple[CanonicalHead, CanonicalHead]:
+        return cast("CanonicalHead", self.image_head), cast("CanonicalHead", self.text_head)
 
     # -- fit -------------------------------------------------------------------------------------------------------
 
@@ -249,6 +327,8 @@ class StructureAlignment(TwoHeadModule):
         embeddings = {modality: unit(rows) for modality, rows in aligned.items()}
         kept = {f"structure/{modality}": (embeddings[modality], features[modality]) for modality in MODALITIES}
         self.evaluation.update(embeddings, kept, ids=batch.get("id"), labels=batch.get("label"))
+        for modality, metric in self.neighbourhoods.items():
+            cast("Any", metric).update(embeddings[modality], features[modality], batch.get("id"))
 
     def configure_optimizers(self) -> Any:
         """Return AdamW and the schedule, per step.
@@ -294,6 +374,8 @@ def _check(**numbers: Any) -> None:
         ),
         "levels": (numbers["levels"] >= 1, "at least 1"),
         "margin": (0 <= numbers["margin"] < math.inf, "finite and not negative"),
+        "canonical_ridge": (0 <= numbers["canonical_ridge"] < math.inf, "finite and not negative"),
+        "canonical_power": (0 <= numbers["canonical_power"] < math.inf, "finite and not negative"),
     }
     for name, (good, rule) in rules.items():
         if not good:

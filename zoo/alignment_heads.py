@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.canonical_correlation import CanonicalHead
 from zoo.errors import InputError, nearest
 
 __all__ = ["HeadName", "LinearHead", "LowRankHead", "MLPHead", "build_head"]
@@ -103,11 +104,14 @@ class MLPHead(nn.Sequential):
         self.output_dim = output_dim
 
 
-def build_head(name: HeadName, in_dim: int, output_dim: int) -> LinearHead | LowRankHead | MLPHead:
+def build_head(
+    name: HeadName | Literal["canonical"], in_dim: int, output_dim: int
+) -> LinearHead | LowRankHead | MLPHead | CanonicalHead:
     """Build a head with random weights.
 
     Args:
-        name: see the table above.
+        name: see the table above; ``"canonical"`` is the linear head of `zoo.canonical_correlation`, which is no choice of
+            its own: it comes with the objective.
         in_dim: width d of the features, at least 1.
         output_dim: width D of the embeddings, at least 1.
 
@@ -120,11 +124,13 @@ def build_head(name: HeadName, in_dim: int, output_dim: int) -> LinearHead | Low
         True
     """
     known = ("linear", "low_rank_released", "low_rank", "mlp")
-    if name not in known:
+    if name not in (*known, "canonical"):
         raise InputError(f"head must be one of {', '.join(known)}, got {name!r}.{nearest(name, known)}")
     for argument, width in (("in_dim", in_dim), ("embed_dim", output_dim)):
         if width < 1:
             raise InputError(f"{argument} must be positive, got {width}")
+    if name == "canonical":
+        return CanonicalHead(in_dim, output_dim)
     if name == "linear":
         return LinearHead(in_dim, output_dim)
     if name == "mlp":

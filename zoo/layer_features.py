@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from zoo.errors import InputError, nearest
 from zoo.towers import Tower
 
-__all__ = ["Pool", "block_names", "extract_layers"]
+__all__ = ["Pool", "block_names", "extract_layers", "sample_batches"]
 
 Pool = Literal["cls", "mean", "last"]
 _POOLS = ("cls", "mean", "last")
@@ -88,7 +88,7 @@ def extract_layers(
     tap: _Tap | None = None
     count = 0
     with isolate_rng(), torch.no_grad(), _eval_mode(tower), torch.compiler.set_stance("force_eager"):
-        for batch in _chosen(loader, max_samples, seed):
+        for batch in sample_batches(loader, max_samples, seed):
             x = _inputs(batch, modality)
             x = x if parameter is None else x.to(parameter.device)
             if tap is None:
@@ -130,6 +130,36 @@ def block_names(network: nn.Module) -> tuple[str, ...]:
             f"{', '.join(name for name, _ in network.named_children()) or 'no modules'}"
         )
     return names
+
+
+def sample_batches(loader: Iterable[Any], max_samples: int, seed: int = 42) -> Iterable[Any]:
+    """Return a loader of some samples at random, in ascending order.
+
+    What is no `DataLoader` over a data set with indices stays as it is.
+
+    Args:
+        loader: batches.
+        max_samples: how many samples at most.
+        seed: chooses them.
+    """
+    if (
+        not isinstance(loader, DataLoader)
+        or isinstance(loader.dataset, IterableDataset)
+        or loader.batch_sampler is None
+    ):
+        return loader
+    samples = len(loader.dataset)  # type: ignore[arg-type]
+    order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
+    rows = order[:max_samples].sort().values.tolist()
+    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 256
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=[rows[start : start + size] for start in range(0, len(rows), size)],
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context if loader.num_workers else None,
+    )
 
 
 class _Tap:
@@ -248,28 +278,6 @@ class _Tap:
         raise InputError(
             f"{type(self.network).__name__} does not say which token is padding: give pad_id, or -1 if there is none"
         )
-
-
-def _chosen(loader: Iterable[Any], max_samples: int, seed: int) -> Iterable[Any]:
-    """Return a loader of some samples at random; what is no DataLoader over a data set with indices stays as it is."""
-    if (
-        not isinstance(loader, DataLoader)
-        or isinstance(loader.dataset, IterableDataset)
-        or loader.batch_sampler is None
-    ):
-        return loader
-    samples = len(loader.dataset)  # type: ignore[arg-type]
-    order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
-    rows = order[:max_samples].sort().values.tolist()
-    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 256
-    return DataLoader(
-        loader.dataset,
-        batch_sampler=[rows[start : start + size] for start in range(0, len(rows), size)],
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context if loader.num_workers else None,
-    )
 
 
 def _inputs(batch: Any, modality: str) -> Tensor:

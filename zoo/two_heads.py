@@ -6,10 +6,14 @@ said of them; "label" and "id" where the data have them.
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, cast
 
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from zoo import towers
@@ -17,7 +21,9 @@ from zoo.alignment_heads import HeadName, build_head
 from zoo.errors import InputError
 from zoo.frozen_layers import choose_layers, layer_features, layer_width
 from zoo.layer_cache import CachedLayers
+from zoo.layer_features import sample_batches
 from zoo.layer_selection import LayerScores
+from zoo.metrics.neighbourhoods import NeighbourhoodTransfer
 from zoo.module import ZooModule
 from zoo.open_clip_networks import build_tokenizer
 from zoo.pair_evaluation import PairEvaluation, unit
@@ -44,13 +50,14 @@ class TwoHeadModule(ZooModule):
         layers: how layers are chosen, "select" or "last"; see `zoo.frozen_layers.choose_layers`.
         neighbours: k of the choice.
         selection_samples: pairs of the choice, at least 2.
-        head: see `zoo.alignment_heads`.
+        head: see `zoo.alignment_heads`, ``"canonical"`` included.
         embed_dim: width D of the common space.
         image_options: options for the builder of a named tower.
         text_options: the same.
         cache: folder for the features of the chosen layers; see `zoo.layer_cache`.
         pad_id: token number of padding, where the text tower does not know it.
         recall: the k of the retrieval metrics.
+        kept_neighbours: k of trustworthiness and continuity in evaluation, or None for neither.
 
     Attributes:
         layers: names of the layers by modality, None where it is not chosen yet.
@@ -72,13 +79,14 @@ class TwoHeadModule(ZooModule):
         layers: Literal["select", "last"],
         neighbours: int | Literal["rice", "sqrt", "sturges"],
         selection_samples: int,
-        head: HeadName,
+        head: HeadName | Literal["canonical"],
         embed_dim: int,
         image_options: dict[str, Any] | None,
         text_options: dict[str, Any] | None,
         cache: str | None,
         pad_id: int | None,
         recall: Sequence[int],
+        kept_neighbours: int | None,
     ) -> None:
         super().__init__()
         # A place on this machine, which no stored model should hold.
@@ -109,6 +117,9 @@ class TwoHeadModule(ZooModule):
             else:
                 setattr(self, modality, tower)
         self.evaluation = PairEvaluation(MODALITIES, [f"structure/{modality}" for modality in MODALITIES], recall)
+        self.neighbourhoods = nn.ModuleDict(
+            {} if kept_neighbours is None else {m: NeighbourhoodTransfer(kept_neighbours) for m in MODALITIES}
+        )
 
     # -- embeddings ------------------------------------------------------------------------------------------------
 
@@ -202,6 +213,22 @@ class TwoHeadModule(ZooModule):
         self.trainer.fit_loop.setup_data()
         return self.trainer.train_dataloader
 
+    def feature_pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Give the frozen features (B, D) and (B, D') of all training pairs once, in every process alike.
+
+        Raises:
+            InputError: the data have no length.
+        """
+        loader = self._pairs()
+        try:
+            len(loader)
+        except TypeError as error:
+            raise InputError("all training pairs are read first: give data that have a length") from error
+        with isolate_rng(), torch.no_grad():
+            for batch in sample_batches(loader, sys.maxsize):
+                features = self.features_of(move_data_to_device(batch, self.trainer.strategy.root_device))
+                yield features["image"], features["text"]
+
     def _choose(self, loader: Any) -> None:
         given: dict[str, Any] = {f"{modality}_layer": layer for modality, layer in self.layers.items()}
         chosen, self.layer_scores = choose_layers(
@@ -282,6 +309,10 @@ class TwoHeadModule(ZooModule):
         ready: Tensor | None = batch.get(f"{key}_features")
         return ready if ready is not None or key not in batch else self._layer(modality, batch[key])
 
+    def card_figures(self) -> dict[str, bytes]:
+        """Return what the model card shows: ``"layers"``, the scores of all pairs of layers, where layers were chosen."""
+        return {} if self.layer_scores is None else {"layers": self.layer_scores.png()}
+
     # -- evaluation ------------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
@@ -323,5 +354,11 @@ class TwoHeadModule(ZooModule):
         raise NotImplementedError
 
     def _log_metrics(self, split: str) -> None:
+        found = self.evaluation.finish()
+        for modality, module in self.neighbourhoods.items():
+            metric = cast("NeighbourhoodTransfer", module)
+            # NaN where a split has too few samples.
+            found |= {f"{name}/{modality}": value for name, value in metric.compute().items() if not value.isnan()}
+            metric.reset()
         # Every process has computed the value of all of them; the mean only says so to Lightning.
-        self.log_dict({f"{split}/{name}": v for name, v in self.evaluation.finish().items()}, sync_dist=True)
+        self.log_dict({f"{split}/{name}": value for name, value in found.items()}, sync_dist=True)

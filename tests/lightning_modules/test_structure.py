@@ -17,6 +17,7 @@ from tests.structure_cases import Encoder, at_step, build, pairs, rows
 from tests.training import quick_trainer
 from zoo.alignment_heads import LinearHead, LowRankHead, build_head
 from zoo.errors import InputError
+from zoo.metrics import Continuity, Trustworthiness
 
 
 def regulariser_by_hand(x: Tensor, a: Tensor, temperature: float) -> Tensor:
@@ -215,6 +216,13 @@ def test_validation_watches_the_full_weight() -> None:
     assert found["val/structure_loss"] == pytest.approx(float(expected), rel=1e-4)
     assert 0 <= found["val/retrieval/image_to_text/r1"] <= 1
     assert -1 <= found["val/structure/text"] <= 1
+    for modality in ("image", "text"):
+        metric = Trustworthiness(10), Continuity(10)
+        for one in metric:
+            one.update(aligned[modality], batch[modality])
+        names = (f"val/trustworthiness/{modality}", f"val/continuity/{modality}")
+        for name, one in zip(names, metric, strict=True):
+            assert found[name] == pytest.approx(float(one.compute()), abs=2e-3)
     assert found["structure/image/effective_neighbours"] >= 1
 
 
@@ -267,7 +275,12 @@ def test_half_precision_autocast() -> None:
     [
         ({"head": "lineer"}, "head must be one of linear, .*got 'lineer'.*linear"),
         ({"embed_dim": 0}, "embed_dim must be positive, got 0"),
-        ({"base": "csa"}, "base must be one of clip, siglip, got 'csa'"),
+        ({"base": "cca"}, "base must be one of clip, siglip, csa, got 'cca'"),
+        ({"base": "csa", "head": "mlp"}, "base='csa' gives linear maps: head must be 'linear', got 'mlp'"),
+        ({"head": "canonical"}, "head must be one of linear, low_rank_released, low_rank, mlp, got 'canonical'"),
+        ({"canonical_ridge": -1.0}, "canonical_ridge must be finite and not negative, got -1.0"),
+        ({"canonical_power": -1.0}, "canonical_power must be finite and not negative, got -1.0"),
+        ({"kept_neighbours": 0}, "k must be a whole number of at least 1, got 0"),
         ({"structure_weight": -1.0}, "structure_weight must be finite and not negative, got -1.0"),
         ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1"),
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),

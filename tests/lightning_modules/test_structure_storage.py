@@ -70,6 +70,8 @@ def test_golden_layers_of_the_table(tmp_path: Path) -> None:
     assert model.layer_scores is not None
     assert model.layer_scores.k == 5
     assert model.layer_scores.score == pytest.approx(0.9666666667)
+    model.layer_scores.draw(tmp_path / "layers.png")
+    assert model.card_figures() == {"layers": (tmp_path / "layers.png").read_bytes()}
     assert {
         "image_layer": "blocks.1",
         "text_layer": "blocks.0",
@@ -92,6 +94,7 @@ def test_last_and_named_layers() -> None:
     model = layered(layers="last")
     quick_trainer(max_steps=1).fit(model, numbered())
     assert model.layers == {"image": "blocks.2", "text": "blocks.1"}
+    assert model.card_figures() == {}
     model = layered(text_layer="blocks.1")
     quick_trainer(max_steps=1).fit(model, numbered())
     assert model.layers["text"] == "blocks.1"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import zoo.metrics.neighbourhoods
 from zoo.errors import InputError
-from zoo.metrics.neighbourhoods import Continuity, Trustworthiness
+from zoo.metrics.neighbourhoods import Continuity, NeighbourhoodTransfer, Trustworthiness
 
 
 def plain(reference: Tensor, embeddings: Tensor, k: int) -> float:
@@ -140,3 +140,36 @@ def test_examples() -> None:
     result = doctest.testmod(zoo.metrics.neighbourhoods, extraglobs={"torch": torch})
     assert result.attempted > 0
     assert result.failed == 0
+
+
+def test_some_of_the_samples() -> None:
+    """All of them give what the two metrics give; a part is chosen by number, whatever the batches; few give NaN."""
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.randn(90, 8, generator=generator)
+    embeddings = reference[:, :4] + 0.3 * torch.randn(90, 4, generator=generator)
+    expected = []
+    for kind in (Trustworthiness, Continuity):
+        whole = kind(5)
+        whole.update(embeddings, reference)
+        expected.append(float(whole.compute()))
+    metric = NeighbourhoodTransfer(5)
+    metric.update(embeddings, reference, torch.arange(90))
+    found = metric.compute()
+    assert list(found) == ["trustworthiness", "continuity"]
+    assert [float(value) for value in found.values()] == pytest.approx(expected, abs=1e-6)
+    parts = []
+    for size in (90, 7):
+        metric = NeighbourhoodTransfer(5, max_samples=40)
+        order = torch.randperm(90, generator=generator)
+        for rows in order.split(size):
+            metric.update(embeddings[rows], reference[rows], rows)
+        parts.append([float(value) for value in metric.compute().values()])
+    assert parts[0] == parts[1]
+    assert parts[0] != expected
+    few = NeighbourhoodTransfer(5, max_samples=10)
+    few.update(embeddings, reference)
+    assert all(value.isnan() for value in few.compute().values())
+    with pytest.raises(InputError, match="k must be a whole number of at least 1, got 0"):
+        NeighbourhoodTransfer(0)
+    with pytest.raises(InputError, match="max_samples must be at least 3, got 2"):
+        NeighbourhoodTransfer(5, 2)

@@ -15,10 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from zoo.errors import InputError
+from zoo.metrics import neighbours
 from zoo.metrics.cka import CKA
 from zoo.metrics.mutual_knn import MutualKNN
 from zoo.metrics.neighbourhoods import Continuity, Trustworthiness
-from zoo.metrics.neighbours import exact_units, nearest_neighbours, neighbour_keys
+from zoo.metrics.neighbours import exact_units, nearest_neighbours, nearest_units, neighbour_keys, neighbour_sets
 
 
 def plain(features: Tensor, k: int) -> list[list[int]]:
@@ -43,6 +44,55 @@ def test_properties(rows: int, seed: int, coarse: bool, size: int, data: st.Data
     assert nearest_neighbours(features, k, chunk_size=size).tolist() == expected
     powers = 2.0 ** torch.randint(-60, 60, (rows, 1), generator=torch.Generator().manual_seed(seed))
     assert nearest_neighbours(features * powers, k, chunk_size=size).tolist() == expected
+    sets = neighbour_sets(exact_units(features * powers), k, size)
+    assert sets.sort(1).values.tolist() == [sorted(row) for row in expected]
+
+
+@pytest.mark.parametrize("kind", ["spread", "cone", "narrow cone", "copies", "zeros", "steps"])
+def test_identity_sets_of_float32(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of float64, ties included, whatever a matrix product of float32 does within its error bound."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(400, 40, generator=generator)
+    features = {
+        "spread": noise,
+        "cone": 1 + 0.1 * noise,
+        "narrow cone": 1 + 1e-4 * noise,
+        "copies": noise[:40].repeat(10, 1),
+        "zeros": noise * (torch.rand(400, 1, generator=generator) > 0.5),
+        "steps": noise[:, :4].round(),
+    }[kind]
+    units = exact_units(features)
+    expected = nearest_units(units, 9, 64).sort(1).values
+    assert torch.equal(neighbour_sets(units, 9, 64).sort(1).values, expected)
+    plain = neighbours.cosines
+
+    def disturbed(queries: Tensor, gallery: Tensor) -> Tensor:
+        product = plain(queries, gallery)
+        if queries.dtype == torch.float64:
+            return product
+        # The largest errors that the bound allows, at random; the probe is exact.
+        sums = torch.mm(queries.abs().double(), gallery.abs().double().T)
+        sums[:, -len(gallery) + len(units) :] = 0
+        signs = torch.randint(0, 2, sums.shape, generator=generator) * 2 - 1
+        return (product + signs * sums * features.shape[1] * 2.0**-24).float()
+
+    monkeypatch.setattr(neighbours, "cosines", disturbed)
+    assert torch.equal(neighbour_sets(units, 9, 64).sort(1).values, expected)
+
+
+def test_shorter_types_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A PyTorch that multiplies float32 in bfloat16 or TF32 leaves the choice to float64."""
+    units = exact_units(torch.randn(300, 64))
+    expected = nearest_units(units, 9, 64).sort(1).values
+    plain = neighbours.cosines
+
+    def short(queries: Tensor, gallery: Tensor) -> Tensor:
+        if queries.dtype == torch.float64:
+            return plain(queries, gallery)
+        return plain(queries.bfloat16().float(), gallery.bfloat16().float())
+
+    monkeypatch.setattr(neighbours, "cosines", short)
+    assert torch.equal(neighbour_sets(units, 9, 64).sort(1).values, expected)
 
 
 def test_identity_exact_cosines() -> None:
@@ -113,13 +163,14 @@ class _Largest(TorchDispatchMode):
 def test_memory() -> None:
     """A block of rows at a time."""
     rows, embeddings = torch.randn(900, 4), torch.randn(900, 4)
-    metrics = [Trustworthiness(5, chunk_size=10), Continuity(5, chunk_size=10), MutualKNN(5, chunk_size=10)]
+    metrics = [Trustworthiness(5, chunk_size=40), Continuity(5, chunk_size=40), MutualKNN(5, chunk_size=40)]
     for metric in metrics:
         metric.update(embeddings, rows)
     with _Largest() as largest:
         for metric in metrics:
             metric.compute()
-    assert largest.numel == 900 * 10
+    # Products in float32 are made for a multiple of 16 rows.
+    assert largest.numel == 912 * 40
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,7 @@ from zoo.metrics.neighbours import (
     all_alike,
     block_rows,
     exact_units,
-    nearest_neighbours,
-    nearest_units,
+    neighbour_sets,
 )
 
 __all__ = [
@@ -113,14 +112,16 @@ def mutual_knn_table(
     if count >= samples:
         raise InputError(f"k must be below the number of samples, got {count} for {samples}; give more samples")
     device = image_layers[0].device
-    images, texts = (
-        torch.stack([nearest_neighbours(layer, count, chunk_size=chunk_size).to(device) for layer in layers])
-        for layers in (image_layers, text_layers)
-    )
+    rows = block_rows(chunk_size, BYTES_PER_SCORE * samples)
+    found, told_apart = [], []
+    for layer in (*image_layers, *text_layers):
+        units = exact_units(layer)
+        told_apart.append(not all_alike(units))
+        found.append(neighbour_sets(units, count, rows).to(device))
+    images, texts = (torch.stack(part) for part in (found[: len(image_layers)], found[len(image_layers) :]))
     shared = count_shared(images, texts, chunk_size=chunk_size)
-    for dim, layers in enumerate((image_layers, text_layers)):
-        told_apart = torch.tensor([not all_alike(exact_units(layer)) for layer in layers], device=device)
-        shared *= told_apart.unsqueeze(1 - dim)
+    apart = torch.tensor(told_apart, device=device)
+    shared *= torch.outer(apart[: len(image_layers)], apart[len(image_layers) :])
     return shared.float() / (samples * count)
 
 
@@ -256,7 +257,7 @@ class MutualKNN(PairedRows):
         if any(all_alike(units) for units in sides):
             return torch.zeros((), device=self.device)
         rows = block_rows(self.chunk_size, BYTES_PER_SCORE * samples)
-        return mutual_knn(*(nearest_units(units, count, rows) for units in sides)).to(self.device)
+        return mutual_knn(*(neighbour_sets(units, count, rows) for units in sides)).to(self.device)
 
 
 def require_layers(image_layers: Sequence[Tensor], text_layers: Sequence[Tensor]) -> int:

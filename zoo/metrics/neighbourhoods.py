@@ -6,9 +6,18 @@ import torch
 from torch import Tensor
 
 from zoo.errors import InputError
-from zoo.metrics.neighbours import BYTES_PER_SCORE, PairedRows, block_rows, nearest_units, neighbour_keys
+from zoo.metrics.embeddings import settings_digest
+from zoo.metrics.neighbours import (
+    BYTES_PER_SCORE,
+    PairedRows,
+    block_rows,
+    exact_units,
+    neighbour_keys,
+    neighbour_sets,
+)
+from zoo.metrics.structure import SampledRows
 
-__all__ = ["Continuity", "Trustworthiness"]
+__all__ = ["Continuity", "NeighbourhoodTransfer", "Trustworthiness"]
 
 
 class _Neighbourhoods(PairedRows):
@@ -36,21 +45,7 @@ class _Neighbourhoods(PairedRows):
         self.keep_pair(embeddings, reference, sample_ids)
 
     def _value(self, neighbours_in: Tensor, ranks_in: Tensor) -> Tensor:
-        """Sum up how far behind k the neighbours of one space are in the other."""
-        samples, k = len(neighbours_in), self.k
-        if samples <= 2 * k or not all(bool(units.isfinite().all()) for units in (neighbours_in, ranks_in)):
-            return torch.full((), torch.nan, device=self.device)
-        # The keys, their sorted copy and the places that the sort notes.
-        rows = block_rows(self.chunk_size, 2 * BYTES_PER_SCORE * samples)
-        neighbours = nearest_units(neighbours_in, k, rows)
-        behind = torch.zeros((), dtype=torch.int64, device=neighbours.device)
-        for start in range(0, samples, rows):
-            part = neighbours[start : start + rows]
-            keys = neighbour_keys(ranks_in, start, start + len(part))
-            ranks = samples - torch.searchsorted(keys.sort(1).values, keys.gather(1, part))
-            behind += (ranks - k).clamp_min_(0).sum()
-        value = 1 - behind.double() * 2 / (samples * k * (2 * samples - 3 * k - 1))
-        return value.to(self.device, torch.float32)
+        return _kept(neighbours_in, ranks_in, self.k, self.chunk_size).to(self.device)
 
 
 class Trustworthiness(_Neighbourhoods):
@@ -129,3 +124,66 @@ class Continuity(_Neighbourhoods):
         """
         embeddings, reference = self.units()
         return self._value(reference, embeddings)
+
+
+class NeighbourhoodTransfer(SampledRows):
+    """`Trustworthiness` and `Continuity` of some of the samples, for evaluation during training.
+
+    Time is quadratic in the samples, so it is that of some of them: see `SampledRows`.
+
+    Args:
+        k: neighbours, at least 1; fewer than half of the samples.
+        max_samples: how many samples to compare at most, at least 3.
+        seed: chooses them, at least 0.
+
+    Raises:
+        InputError: `k`, `max_samples` or `seed` is out of range.
+
+    Example:
+        >>> metric = NeighbourhoodTransfer(k=1)
+        >>> rows = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
+        >>> metric.update(-3 * rows, rows)
+        >>> metric.compute()
+        {'trustworthiness': tensor(1.), 'continuity': tensor(1.)}
+    """
+
+    def __init__(self, k: int = 10, max_samples: int = 2000, *, seed: int = 0) -> None:
+        super().__init__(max_samples, seed=seed)
+        if type(k) is not int or k < 1:
+            raise InputError(f"k must be a whole number of at least 1, got {k!r}")
+        self.k = k
+        self.add_state("neighbours", settings_digest(k), dist_reduce_fx="max")
+
+    def compute(self) -> dict[str, Tensor]:
+        """Rank the neighbours among the samples of all processes, or among those chosen.
+
+        Returns:
+            ``"trustworthiness"`` and ``"continuity"``, scalars in 0 … 1, float32; NaN for 2k samples or fewer, and if a row
+            is not finite.
+
+        Raises:
+            InputError: batches or processes gave rows of different width.
+        """
+        embeddings, reference = (exact_units(rows) for rows in self.chosen_rows())
+        values = {
+            "trustworthiness": _kept(embeddings, reference, self.k, None),
+            "continuity": _kept(reference, embeddings, self.k, None),
+        }
+        return {name: value.to(self.device) for name, value in values.items()}
+
+
+def _kept(neighbours_in: Tensor, ranks_in: Tensor, k: int, chunk_size: int | None) -> Tensor:
+    """Sum up how far behind k the neighbours of one space are in the other."""
+    samples = len(neighbours_in)
+    if samples <= 2 * k or not all(bool(units.isfinite().all()) for units in (neighbours_in, ranks_in)):
+        return torch.full((), torch.nan)
+    # The keys, their sorted copy and the places that the sort notes.
+    rows = block_rows(chunk_size, 2 * BYTES_PER_SCORE * samples)
+    neighbours = neighbour_sets(neighbours_in, k, rows)
+    behind = torch.zeros((), dtype=torch.int64, device=neighbours.device)
+    for start in range(0, samples, rows):
+        part = neighbours[start : start + rows]
+        keys = neighbour_keys(ranks_in, start, start + len(part))
+        ranks = samples - torch.searchsorted(keys.sort(1).values, keys.gather(1, part))
+        behind += (ranks - k).clamp_min_(0).sum()
+    return (1 - behind.double() * 2 / (samples * k * (2 * samples - 3 * k - 1))).float()

@@ -17,6 +17,7 @@ __all__ = [
     "nearest_neighbours",
     "nearest_units",
     "neighbour_keys",
+    "neighbour_sets",
 ]
 
 # Entries of unit rows are rounded to multiples of 2^-26. The products of two are multiples of 2^-52 and no partial sum
@@ -29,6 +30,11 @@ _SAMPLES = 2**22
 _BUDGET = 64 * 2**20
 # A cosine and its key.
 BYTES_PER_SCORE = 16
+# Half the distance from 1 to the next number of float32, and a number that it holds exactly and shorter types do not.
+_ROUNDING = 2.0**-24
+_PROBE = 1 + 2.0**-20
+# More than what float64 loses on the way to a float32 score, and than the rounding of cosines to multiples of 2^-40.
+_SLACK = 2.0**-36
 
 
 def nearest_neighbours(features: Tensor, k: int, *, chunk_size: int | None = None) -> Tensor:
@@ -176,13 +182,7 @@ def neighbour_keys(units: Tensor, start: int, stop: int) -> Tensor:
         >>> neighbour_keys(exact_units(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])), 0, 1).argsort(descending=True)
         tensor([[2, 1, 0]])
     """
-    samples = len(units)
-    assert samples <= _SAMPLES, "a key has 63 bits"
-    scores = cosines(units[start:stop], units).mul_(_COSINE).round_()
-    keys = scores.to(torch.int64).mul_(samples).sub_(torch.arange(samples, device=units.device))
-    own = torch.arange(stop - start, device=units.device)
-    keys[own, own + start] = torch.iinfo(torch.int64).min
-    return keys
+    return _keys(units, torch.arange(start, stop, device=units.device))
 
 
 def block_rows(chunk_size: int | None, bytes_per_row: int) -> int:
@@ -214,7 +214,8 @@ def all_alike(units: Tensor) -> bool:
         >>> all_alike(exact_units(torch.tensor([[1.0, 2.0], [3.0, 6.0]])))
         True
     """
-    return bool((units - units[0]).abs().max() <= TIE * _UNIT)
+    # A few rows settle it for almost any features.
+    return all(bool((part - units[0]).abs().max() <= TIE * _UNIT) for part in (units[:16], units))
 
 
 def nearest_units(units: Tensor, k: int, rows: int) -> Tensor:
@@ -235,3 +236,85 @@ def nearest_units(units: Tensor, k: int, rows: int) -> Tensor:
         for start in range(0, samples, rows)
     ]
     return torch.cat(blocks)
+
+
+def neighbour_sets(units: Tensor, k: int, rows: int) -> Tensor:
+    """The neighbours of `nearest_units` in any order, in about half the time on a CPU.
+
+    Scores in float32 decide wherever the k nearest are apart from the rest by more than their rounding errors can be, and
+    the exact cosines of float64 decide the other rows, ties among them. The bound holds for any order of summation, so the
+    sets are those of `nearest_units`. A GPU has float64 to begin with.
+
+    With c the mean row, the cosines x·y of one row x differ from (x - c)·(y - c) + c·(y - c) by a constant, and rounding
+    errors are in proportion to the lengths of what is multiplied: rows in a narrow cone are told apart as well as others.
+
+    Source: ours.
+
+    Args:
+        units: rows (n, D) of `exact_units`, finite.
+        k: neighbours of each row, 1 … n - 1.
+        rows: rows a block.
+
+    Returns:
+        Positions (n, k), int64.
+
+    Example:
+        >>> neighbour_sets(exact_units(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.1]])), 1, rows=2).flatten()
+        tensor([2, 2, 0])
+    """
+    if units.device.type != "cpu":
+        return nearest_units(units, k, rows)
+    samples = len(units)
+    left, right, errors = _float32_scores(units)
+    blocks = []
+    for start in range(0, samples, rows):
+        block = torch.arange(start, min(start + rows, samples))
+        scores = cosines(left[block], right)
+        # Matrix products that PyTorch was told to make in a shorter type are no float32: the bound does not hold.
+        sound = scores[:, samples] == _PROBE
+        scores[:, samples:] = -torch.inf
+        scores[torch.arange(len(block)), block] = -torch.inf
+        nearest = scores.topk(k + 1, dim=1)
+        gap = nearest.values[:, k - 1] - nearest.values[:, k]
+        found = nearest.indices[:, :k]
+        unclear = ~(sound & (gap > 2 * errors[block]))
+        found[unclear] = _keys(units, block[unclear]).topk(k, dim=1).indices
+        blocks.append(found)
+    return torch.cat(blocks)
+
+
+def _float32_scores(units: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors whose product (n, n + 1 or more) orders a row's others as its cosines do, up to errors (n,).
+
+    Row n of the second is a probe: its product with any row is exactly `_PROBE`. Zeros fill both sides up to multiples of
+    16, because matrix products of other sizes take up to half as long again.
+    """
+    width = units.shape[1]
+    centre = units.mean(0) / _UNIT
+    centred = units / _UNIT - centre
+    offsets = centred @ centre
+    lengths = torch.linalg.vector_norm(centred, dim=1)
+    samples, columns = len(units), _filled(width + 1)
+    left, right = torch.zeros(samples, columns), torch.zeros(_filled(samples + 1), columns)
+    left[:, :width] = right[:samples, :width] = centred
+    left[:, width], right[:samples, width], right[samples, width] = 1, offsets, _PROBE
+    # Both factors of a product are rounded, then the product, then each of the D + 1 partial sums (Higham 2002, section
+    # 3.1); the lengths bound the sum of the absolute products (Cauchy and Schwarz).
+    roundings = (width + 8) * _ROUNDING
+    share = roundings / (1 - roundings) if roundings < 1 else torch.inf
+    errors = share * (lengths * lengths.max() + offsets.abs().max()) + _SLACK
+    return left, right, errors
+
+
+def _filled(size: int) -> int:
+    return -(-size // 16) * 16
+
+
+def _keys(units: Tensor, block: Tensor) -> Tensor:
+    """`neighbour_keys` for rows at some positions."""
+    samples = len(units)
+    assert samples <= _SAMPLES, "a key has 63 bits"
+    scores = cosines(units[block], units).mul_(_COSINE).round_()
+    keys = scores.to(torch.int64).mul_(samples).sub_(torch.arange(samples, device=units.device))
+    keys[torch.arange(len(block), device=units.device), block] = torch.iinfo(torch.int64).min
+    return keys

@@ -17,7 +17,7 @@ from zoo.metrics.embeddings import (
     unit_rows,
 )
 
-__all__ = ["StructureTransfer", "cosine_structure_correlation"]
+__all__ = ["SampledRows", "StructureTransfer", "cosine_structure_correlation"]
 
 # The finaliser of SplitMix64 (Steele, Lea, Flood 2014): a bijection of 64-bit numbers that looks random.
 _SHIFTS_AND_FACTORS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
@@ -62,13 +62,12 @@ def cosine_structure_correlation(embeddings: Tensor, reference: Tensor) -> Tenso
     return value.to(embeddings.device, torch.float32)
 
 
-class StructureTransfer(RowsMetric):
-    """Spearman correlation between the pairwise cosines of two embeddings of the same samples, over batches and processes.
+class SampledRows(RowsMetric):
+    """A metric that keeps two features of each sample, of at most `max_samples` samples, over batches and processes.
 
-    See `cosine_structure_correlation`. Its cost is quadratic in the samples, so at most `max_samples` are kept: those
-    with the smallest hash of `seed` and their number, which is a random choice that depends neither on the order of the
-    samples nor on batches or processes. Without numbers the hash is that of the two embeddings, in float32; then the
-    choice is another one in each epoch, and after any change in the last bit. A sample that comes twice counts once.
+    Kept are those with the smallest hash of `seed` and their number, which is a random choice that depends neither on the
+    order of the samples nor on batches or processes. Without numbers the hash is that of the two features, in float32; then
+    the choice is another one in each epoch, and after any change in the last bit. A sample that comes twice counts once.
 
     Args:
         max_samples: how many samples to compare at most, at least 3.
@@ -76,13 +75,6 @@ class StructureTransfer(RowsMetric):
 
     Raises:
         InputError: `max_samples` or `seed` is out of range.
-
-    Example:
-        >>> metric = StructureTransfer()
-        >>> trained = torch.tensor([[1.0, 0.0], [1.0, 0.5], [0.0, 1.0]])
-        >>> metric.update(trained, torch.tensor([[1.0], [-1.0], [1.0]]))
-        >>> round(metric.compute().item(), 4)  # cosines 0.89, 0, 0.45 against -1, 1, -1
-        -0.866
     """
 
     is_differentiable = False
@@ -131,17 +123,14 @@ class StructureTransfer(RowsMetric):
                 setattr(self, name, [self.matrix(name)[chosen].flatten()])
             self.keys = [self.numbers("keys")[chosen]]
 
-    def compute(self) -> Tensor:
-        """Correlate the cosines of the samples of all processes, or of those chosen among them.
-
-        Returns:
-            Scalar in -1 … 1, float32; see `cosine_structure_correlation`.
+    def chosen_rows(self) -> tuple[Tensor, Tensor]:
+        """Return the embeddings and the reference of the samples of all processes, or of those chosen among them.
 
         Raises:
             InputError: batches or processes gave embeddings of different width.
         """
         chosen = self._chosen()
-        return cosine_structure_correlation(self.matrix("embeddings")[chosen], self.matrix("reference")[chosen])
+        return self.matrix("embeddings")[chosen], self.matrix("reference")[chosen]
 
     def _chosen(self) -> Tensor:
         return first_of_each(self.numbers("keys"))[: self.max_samples]
@@ -152,6 +141,39 @@ class StructureTransfer(RowsMetric):
         factors = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=generator).to(rows.device)
         # Adding zero makes one number of the two zeros.
         return ((rows + 0.0).view(torch.int32).to(torch.int64) * (2 * factors + 1)).sum(1)
+
+
+class StructureTransfer(SampledRows):
+    """Spearman correlation between the pairwise cosines of two embeddings of the same samples, over batches and processes.
+
+    See `cosine_structure_correlation`. Its cost is quadratic in the samples, so it is that of some of them: see
+    `SampledRows`.
+
+    Args:
+        max_samples: how many samples to compare at most, at least 3.
+        seed: chooses them, at least 0.
+
+    Raises:
+        InputError: `max_samples` or `seed` is out of range.
+
+    Example:
+        >>> metric = StructureTransfer()
+        >>> trained = torch.tensor([[1.0, 0.0], [1.0, 0.5], [0.0, 1.0]])
+        >>> metric.update(trained, torch.tensor([[1.0], [-1.0], [1.0]]))
+        >>> round(metric.compute().item(), 4)  # cosines 0.89, 0, 0.45 against -1, 1, -1
+        -0.866
+    """
+
+    def compute(self) -> Tensor:
+        """Correlate the cosines of the samples of all processes, or of those chosen among them.
+
+        Returns:
+            Scalar in -1 … 1, float32; see `cosine_structure_correlation`.
+
+        Raises:
+            InputError: batches or processes gave embeddings of different width.
+        """
+        return cosine_structure_correlation(*self.chosen_rows())
 
 
 def _pairs(units: Tensor) -> Tensor:
