@@ -38,8 +38,15 @@ def test_figures_of_module_and_callbacks_have_their_places() -> None:
     }
 
 
+def test_several_of_one_name_are_numbered() -> None:
+    run = run_of(*(Draws(saliency=bytes([number])) for number in range(6)))
+    names = ["saliency", "saliency_2", "saliency_3", "saliency_4"]
+    assert run_facts.figures(run) == {f"figures/{name}.png": bytes([number]) for number, name in enumerate(names)}
+
+
 def test_bad_name_is_refused() -> None:
-    with pytest.raises(InputError, match=r"Draws.card_figures\(\) may return layers, .*, got '../escaped'"):
+    message = r"Draws.card_figures\(\) may return layers, robustness, saliency, samples, got '../escaped'"
+    with pytest.raises(InputError, match=message):
         run_facts.figures(run_of(Draws(**{"../escaped": PNG})))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import resource
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import zoo
 from zoo import registry
 from zoo.cli import main
 from zoo.errors import InputError
@@ -73,6 +76,11 @@ def test_recipe_of_a_run_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             "trainer/callbacks",
             [{"class_path": "ModelCheckpoint", "init_args": {"filename": "{epoch:02d}-{val/acc:.2f}"}}],
         ),
+        (
+            "trainer/callbacks",
+            [{"class_path": "NormGradSaliency", "init_args": {"layers": ["layer3.0", "net.blocks.1:input"]}}],
+        ),
+        ("trainer/callbacks", [{"class_path": "NDRegularizer", "init_args": {"student_layer": "model.avgpool"}}]),
         ("trainer/callbacks", [{"class_path": "GradientAccumulationScheduler", "init_args": {"scheduling": {0: 2}}}]),
         ("trainer/logger", False),
         ("trainer/logger", [{"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "logs"}}]),
@@ -87,6 +95,18 @@ def test_what_a_run_needs_passes(where: str, value: Any) -> None:
     recipe = base()
     put(recipe, where, value)
     assert check_recipe(yaml.safe_dump(recipe), "me/x") == recipe
+
+
+def test_arguments_that_name_layers_are_text() -> None:
+    """They may hold dots, so none of them may be of a type for which jsonargparse imports what stands before a dot."""
+    found = set()
+    for name in registry.components():
+        for argument, parameter in inspect.signature(getattr(zoo, name)).parameters.items():
+            if re.fullmatch(r"(\w+_)?layers?", argument):
+                words = set(re.findall(r"\w+", str(parameter.annotation)))
+                assert words <= {"Literal", "None", "Sequence", "last", "list", "select", "str"}, (name, argument)
+                found.add(argument)
+    assert {"layers", "student_layer", "frozen_layer"} <= found
 
 
 EVIL = {"class_path": "evil.Class"}

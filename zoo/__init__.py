@@ -12,12 +12,14 @@ __version__ = "0.1.0"
 
 # Public name -> the module that defines it. Adding a paper adds its line here and edits no other shared file.
 _LAZY = {
+    "AdversarialCalibration": "zoo.lightning_modules.advcal",
     "AuxiliaryLoss": "zoo.callbacks.auxiliary_loss",
     "CLIP": "zoo.lightning_modules.clip",
     "CWCL": "zoo.lightning_modules.cwcl",
     "Classifier": "zoo.lightning_modules.classifier",
     "DigitsCaptionsDataModule": "zoo.data.digits_captions",
     "DigitsDataModule": "zoo.data.digits",
+    "DigitsModalitiesDataModule": "zoo.data.digits_modalities",
     "FeaturePairsDataModule": "zoo.data.feature_pairs",
     "ImageFolderDataModule": "zoo.data.image_folder",
     "ImageTextDataModule": "zoo.data.image_text",
@@ -25,7 +27,9 @@ _LAZY = {
     "NDDistillation": "zoo.lightning_modules.nd",
     "NDRegularizer": "zoo.callbacks.nd_regularizer",
     "ParquetImagesDataModule": "zoo.data.parquet_images",
+    "NormGradSaliency": "zoo.callbacks.normgrad_saliency",
     "PushToHub": "zoo.callbacks.push_to_hub",
+    "RobustnessEvaluation": "zoo.callbacks.robustness_evaluation",
     "StructureAlignment": "zoo.lightning_modules.structure",
     "StructureRegularizer": "zoo.callbacks.structure_regularizer",
     "TeacherCache": "zoo.teacher_cache",

@@ -53,6 +53,9 @@ _IMPORT_PATH = re.compile(r"\s*[^\W\d]\w*\s*\..*", re.DOTALL)
 _DATA_FILES = (".parquet", ".csv", ".npy", ".tar", ".inter")
 # Arguments of the zoo's data modules that are words and nothing else, such as "St. Bernard".
 _WORDS = ("data.init_args.class_names[",)
+# Arguments that name layers, "layer3.0" or "backbone.blocks.11:input": text and nothing else, in each class that has one.
+_LAYER_ARGUMENT = re.compile(r"(model|trainer\.callbacks\[\d+\])\.init_args\.(\w+_)?layers?(\[\d+\])?")
+_LAYER = re.compile(r"[\w.]+(:input)?")
 _OPTION = re.compile(r"[^\s.+]+")
 _OUTSIDE = re.compile(r"[/\\~]|[A-Za-z]:[/\\]|(?!hf://)\w+://")
 _MAX_CHARACTERS = 1 << 16
@@ -240,7 +243,9 @@ def _check_text(value: str, where: str, source: str) -> None:
     if where.startswith(_WORDS):
         return
     shown = repr(value[:200])
-    if _IMPORT_PATH.fullmatch(value) and not (where.startswith("data.") and value.endswith(_DATA_FILES)):
+    is_file = where.startswith("data.") and value.endswith(_DATA_FILES)
+    is_layer = _LAYER_ARGUMENT.fullmatch(where) and _LAYER.fullmatch(value)
+    if _IMPORT_PATH.fullmatch(value) and not (is_file or is_layer):
         raise InputError(f"{source}: {where} {shown} is refused: it could be the path of something to import")
     if _is_outside(value):
         raise InputError(f"{source}: {where} {shown} points outside the current folder")

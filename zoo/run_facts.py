@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,8 @@ def figures(trainer: pl.Trainer) -> dict[str, bytes]:
     """Return what the module and the callbacks of a run have drawn for the card.
 
     Whoever has a method ``card_figures() -> dict[str, bytes]`` is asked, the module first. It returns PNG files by name:
-    ``"layers"``, ``"robustness"``, ``"saliency"`` or ``"samples"``, as `zoo.storage.DRAWN` has them.
+    ``"layers"``, ``"robustness"``, ``"saliency"`` or ``"samples"``. Where several draw under one name, the later ones are
+    numbered, and the card shows the first four.
 
     Args:
         trainer: the trainer during, or after, fit.
@@ -66,15 +68,18 @@ def figures(trainer: pl.Trainer) -> dict[str, bytes]:
     Raises:
         InputError: a name that the stored format does not have.
     """
-    found = {}
+    found: dict[str, bytes] = {}
     for source in (trainer.lightning_module, *trainer.callbacks):  # type: ignore[attr-defined] # no such hint there
         draw = getattr(source, "card_figures", None)
         for name, png in (draw() if draw is not None else {}).items():
-            file = f"figures/{name}.png"
-            if file not in storage.DRAWN:
-                known = ", ".join(Path(drawn).stem for drawn in storage.DRAWN)
+            places = [file for file in storage.DRAWN if re.fullmatch(rf"figures/{re.escape(name)}(_\d)?\.png", file)]
+            if not places:
+                known = ", ".join(Path(file).stem for file in storage.DRAWN if "_" not in file)
                 raise InputError(f"{type(source).__name__}.card_figures() may return {known}, got {name!r}")
-            found[file] = png
+            for file in places:
+                if file not in found:
+                    found[file] = png
+                    break
     return found
 
 

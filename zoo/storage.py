@@ -18,7 +18,11 @@ from zoo.errors import InputError
 __all__ = ["DRAWN", "FILES", "locate", "names", "write"]
 
 # Figures that components draw themselves (see `zoo.run_facts.figures`), by file.
-DRAWN = ("figures/layers.png", "figures/robustness.png", "figures/saliency.png", "figures/samples.png")
+DRAWN = tuple(
+    f"figures/{name}{number}.png"
+    for name in ("layers", "robustness", "saliency", "samples")
+    for number in ("", "_2", "_3", "_4")
+)
 # The files of the format. A hand-written README.md outlives a save that brings none; the others belong to one version.
 FILES = (
     "config.json", "model.safetensors", "recipe.yaml", "README.md", "figures/loss.png", "figures/metrics.png", *DRAWN,
