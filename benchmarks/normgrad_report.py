@@ -133,16 +133,20 @@ def _grid(options: argparse.Namespace, maps_of: Maps) -> bytes:
     canvases = compose(options.test_canvases, "test", TEST_SEED)
     digits = torch.nonzero(canvases.labels[0]).flatten()[:2]
     names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-    photos, labels = next(iter(Batches(cifar(options), "test", 2)))
+    data = cifar(options)
+    photos, labels = next(iter(Batches(data, "test", 2)))
+    # As colours in [0, 1]; the noise of a canvas goes beyond it and is cut off.
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.mean, data.std))
     kinds = (
         ("canvases", canvases.images[:1].expand(2, -1, -1, -1), digits, [str(digit) for digit in digits.tolist()]),
         ("cifar", photos, labels, [names[label] for label in labels.tolist()]),
     )
     images, titles, rows = [], [], dict[str, list[Tensor]]()
     for kind, some, targets, named in kinds:
+        colours = some * std + mean if kind == "cifar" else some
         model = trained(kind, options, 0)
         side = canvases.images.shape[2:]
-        shown = F.interpolate(some, tuple(side), mode="bilinear").expand(-1, 3, -1, -1)
+        shown = F.interpolate(colours, tuple(side), mode="bilinear").expand(-1, 3, -1, -1)
         images.append(shown.repeat_interleave(len(COLUMNS), 0))
         titles += [f"{column}: {name}" for name in named for column in COLUMNS]
         for arm in COLOURS:
@@ -150,7 +154,12 @@ def _grid(options: argparse.Namespace, maps_of: Maps) -> bytes:
             stacked = torch.stack([found[column] for column in COLUMNS], 1).flatten(0, 1)
             rows.setdefault(NAMES[arm], []).append(F.interpolate(stacked, tuple(side), mode="bilinear"))
     return overlay_grid(
-        torch.cat(images), {name: torch.cat(parts) for name, parts in rows.items()}, titles, columns=2 * len(COLUMNS)
+        torch.cat(images),
+        {name: torch.cat(parts) for name, parts in rows.items()},
+        titles,
+        columns=2 * len(COLUMNS),
+        mean=[0.0],
+        std=[1.0],
     )
 
 
