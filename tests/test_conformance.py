@@ -2,7 +2,7 @@
 
 A LightningModule of the zoo must have a sheet, a recipe that instantiates and trains, documented arguments, a stored round
 trip to the bit, and a training step that moves what it should. The example of each component is its first ``*-digits``
-recipe, shortened.
+or ``*-synthetic`` recipe, shortened.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def recipe_of(name: str) -> str:
-    """The first offline recipe whose model is this component."""
+    """The first offline recipe, on the digits or on synthetic data, whose model is this component."""
     for recipe in registry.recipes():
         content = yaml.safe_load(registry.recipe_path(recipe).read_text())
-        if content["model"]["class_path"].rpartition(".")[2] == name and "digits" in recipe:
+        if content["model"]["class_path"].rpartition(".")[2] == name and ("digits" in recipe or "synthetic" in recipe):
             return recipe
-    raise AssertionError(f"{name} has no recipe on the digits")
+    raise AssertionError(f"{name} has no offline recipe, *-digits or *-synthetic")
 
 
 @pytest.fixture(scope="session")

@@ -166,7 +166,6 @@ def test_half_precision_insertion(dtype: torch.dtype) -> None:
         ({"maps": torch.full((2, 1, 6, 5), torch.nan)}, "maps must be finite, 2 of 2 hold NaN .* leave those images out"),
         ({"images": torch.ones(2, 2, 6, 5).long()}, r"images must be \(B, C, H, W\) in floating point"),
     ],
-    ids=str,
 )  # fmt: skip
 def test_bad_input_of_insertion_and_deletion(options: dict[str, Any], message: str) -> None:
     given_ = {"model": small(), "images": torch.ones(2, 2, 6, 5), "maps": torch.rand(2, 1, 6, 5)} | options
