@@ -4,12 +4,13 @@
     python benchmarks/advcal_table.py --cifar10 ../shared/data --out runs/advcal-table   # and a ResNet-20 on CIFAR-10
     python benchmarks/advcal_table.py --report --out runs/advcal-table  # Markdown, and docs/results/advcal.png
 
-Columns: no head; the same head trained on clean inputs (CE with noise of no size: what supervised probing gives); CE, L2
-and NCE, each with beta 0 and 0.1, and each trained on attacks of the bare encoder ("backbone", cached) and of encoder and
-head ("full", with --adaptive). Rows: clean accuracy, and right when clean and under every attack of a list (PGD on CE, APGD
-on CE and DLR, APGD on the embedding) within half the radius and the radius, made through the bare encoder ("backbone") and
-through encoder and head ("full"). The radius is the one within which the bare encoder falls to near 0. The test split; the
-last epoch, nothing is chosen. A seed sets the order, the attacks and the samples that are attacked.
+Columns: no head; the same head trained on clean inputs (CE with noise of no size: what supervised probing gives); CE,
+L2 and NCE, each with beta 0 and 0.1, and each trained on attacks of the bare encoder ("backbone", cached) and of
+encoder and head ("full", with --adaptive), within the radius or a share of it (--train-radius). Rows: clean accuracy,
+and right when clean and under every attack of a list (PGD on CE, APGD on CE and DLR, APGD on the embedding) within half
+the radius and the radius, made through the bare encoder ("backbone") and through encoder and head ("full"). The radius
+is the one within which the bare encoder falls to near 0. The test split; the last epoch, nothing is chosen. A seed sets
+the order, the attacks and the samples that are attacked.
 
 Each finished run is a line of ``<out>/results.jsonl``, and a rerun skips it. The expected finding, before the runs: gains
 under "backbone" vanish under "full".
@@ -73,17 +74,18 @@ class Setting:
         return list(self.arguments["encoders"])
 
 
-def digits(seed: int) -> Setting:
+def digits(seed: int, train_radius: float) -> Setting:
     recipe = zoo.registry.recipe_path("advcal-digits")
     import yaml
 
     given = yaml.safe_load(recipe.read_text())["model"]["init_args"]
     for name in ("eps", "step_size"):
-        given[name] = {key: RADII[key] / (4 if name == "step_size" else 1) for key in given["encoders"]}
+        share = train_radius / (4 if name == "step_size" else 1)
+        given[name] = {key: share * RADII[key] for key in given["encoders"]}
     return Setting("digits", zoo.DigitsModalitiesDataModule(batch_size=64, seed=seed), given)
 
 
-def cifar10(folder: Path, seed: int) -> Setting:
+def cifar10(folder: Path, seed: int, train_radius: float) -> Setting:
     """A ResNet-20 that `nd-cifar10-resnet56-resnet20` trained, with its class means as centres."""
     data = zoo.ParquetImagesDataModule(
         train=str(folder / "cifar10-train.parquet"), test=str(folder / "cifar10-test.parquet"), batch_size=256, seed=seed,
@@ -92,7 +94,7 @@ def cifar10(folder: Path, seed: int) -> Setting:
     place = "./runs/nd-cifar10-resnet56-resnet20"
     mean, std = data.mean, data.std
     bounds = tuple([(edge - m) / s for m, s in zip(mean, std, strict=True)] for edge in (0.0, 1.0))
-    radius = RADII["cifar10"]
+    radius = train_radius * RADII["cifar10"]
     return Setting(
         "cifar10", data,
         {
@@ -148,7 +150,8 @@ def run(setting: Setting, arm: tuple[str, str, float], seed: int, options: Any) 
     metrics = {name: judge(model, setting, name, seed, options) for name in setting.modalities}
     return {
         "data": setting.name, "column": column, "target": target, "beta": beta, "seed": seed, "radii": dict(RADII),
-        "seconds": round(seconds, 1), "share": model.trainable_share, "samples": options.samples, "steps": options.steps,
+        "seconds": round(seconds, 1), "share": model.trainable_share, "train_radius": options.train_radius,
+        "samples": options.samples, "steps": options.steps,
         "metrics": metrics,
     }  # fmt: skip
 
@@ -288,6 +291,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/advcal-table"))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--train-radius", type=float, default=1.0, help="of the attacks in training, a share of the radius"
+    )
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--steps", type=int, default=50, help="of each attack of the evaluation")
     parser.add_argument("--samples", type=int, default=359, help="test samples that are attacked, at most")
@@ -310,7 +316,8 @@ def main() -> None:
         if not Path("runs", tower, "config.json").exists() and zoo_command(["fit", "--config", tower]) != 0:
             raise SystemExit(f"the encoder {tower} could not be trained")
     done = {key_of(row) for row in rows}
-    makers = [digits, *([partial(cifar10, options.cifar10)] if options.cifar10 else [])]
+    share = {"train_radius": options.train_radius}
+    makers = [partial(digits, **share), *([partial(cifar10, options.cifar10, **share)] if options.cifar10 else [])]
     names = ["digits", "cifar10"]
     wanted = [
         (make, (name, *arm, seed))

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
+from tests.largest_tensor import LargestTensor
 from zoo.errors import InputError
 from zoo.losses.cm3 import alignment_loss, calibrated_uniformity_loss, calibration_statistics, uniformity_loss
 from zoo.losses.pair_log_sum import row_blocks
@@ -254,23 +253,10 @@ def test_compile() -> None:
         torch.testing.assert_close(mine, other)
 
 
-class _Largest(TorchDispatchMode):
-    """Remembers the largest tensor that any operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.numel = max([self.numel, *(leaf.numel() for leaf in tree_iter(result) if isinstance(leaf, Tensor))])
-        return result
-
-
 def test_memory() -> None:
     """No tensor is larger than three blocks; the matrix of pairs would be 640,000 numbers."""
     x, features = random_case(800)
-    with _Largest() as largest:
+    with LargestTensor() as largest:
         torch.autograd.grad(calibrated_uniformity_loss(x, features, chunk_size=8), (x, features))
     assert largest.numel <= 3 * 8 * 800
 

@@ -11,9 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
+from tests.largest_tensor import LargestTensor
 from zoo.errors import InputError
 from zoo.metrics import neighbours
 from zoo.metrics.cka import CKA
@@ -147,26 +146,13 @@ def test_keys() -> None:
     assert (keys.sort(1).values.diff(dim=1) > 0).all()
 
 
-class _Largest(TorchDispatchMode):
-    """Remembers the largest tensor that any operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.numel = max([self.numel, *(leaf.numel() for leaf in tree_iter(result) if isinstance(leaf, Tensor))])
-        return result
-
-
 def test_memory() -> None:
     """A block of rows at a time."""
     rows, embeddings = torch.randn(900, 4), torch.randn(900, 4)
     metrics = [Trustworthiness(5, chunk_size=40), Continuity(5, chunk_size=40), MutualKNN(5, chunk_size=40)]
     for metric in metrics:
         metric.update(embeddings, rows)
-    with _Largest() as largest:
+    with LargestTensor() as largest:
         for metric in metrics:
             metric.compute()
     # Products in float32 are made for a multiple of 16 rows.

@@ -13,11 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torchmetrics import MetricCollection
 
 import zoo.metrics.retrieval
+from tests.largest_tensor import LargestTensor
 from zoo.errors import InputError
 from zoo.metrics.retrieval import RetrievalRecall
 
@@ -187,19 +186,6 @@ def test_no_query(images: int) -> None:
         assert all(value.isnan() for value in empty.compute().values())
 
 
-class _Largest(TorchDispatchMode):
-    """Remembers the largest tensor that any operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.numel = max([self.numel, *(leaf.numel() for leaf in tree_iter(result) if isinstance(leaf, Tensor))])
-        return result
-
-
 @pytest.mark.parametrize("chunk_size", [None, 16])
 def test_memory(monkeypatch: pytest.MonkeyPatch, chunk_size: int | None) -> None:
     """No tensor is larger than the embeddings or a block; the whole matrix would be 3.2 million numbers."""
@@ -208,7 +194,7 @@ def test_memory(monkeypatch: pytest.MonkeyPatch, chunk_size: int | None) -> None
     images, texts = torch.randn(800, 4), torch.randn(4000, 4)
     metric = RetrievalRecall(chunk_size=chunk_size)
     metric.update(images, texts, torch.arange(800), torch.arange(4000) % 800)
-    with _Largest() as largest:
+    with LargestTensor() as largest:
         result = metric.compute()
     assert largest.numel == 16 * 4000
     assert result["image_to_text/r10"] > 0

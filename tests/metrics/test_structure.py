@@ -14,11 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torchmetrics import MetricCollection
 
 import zoo.metrics.structure
+from tests.largest_tensor import LargestTensor
 from zoo.errors import InputError
 from zoo.metrics.structure import StructureTransfer, cosine_structure_correlation
 
@@ -185,24 +184,11 @@ def test_half_precision(dtype: torch.dtype) -> None:
     assert metric.embeddings[0].dtype == torch.float32
 
 
-class _Largest(TorchDispatchMode):
-    """Remembers the largest tensor that any operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.numel = max([self.numel, *(leaf.numel() for leaf in tree_iter(result) if isinstance(leaf, Tensor))])
-        return result
-
-
 def test_memory() -> None:
     """Quadratic in `max_samples` and not in the samples."""
     first, second = samples(3000)
     metric = StructureTransfer(max_samples=100)
-    with _Largest() as largest:
+    with LargestTensor() as largest:
         for part in torch.arange(3000).split(500):
             metric.update(first[part], second[part])
         metric.compute()

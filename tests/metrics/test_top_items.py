@@ -10,9 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
+from tests.largest_tensor import LargestTensor
 from zoo.errors import InputError
 from zoo.interaction_graph import pair_lists
 from zoo.metrics.top_items import nearest_items, topk_items
@@ -130,24 +129,11 @@ def test_degenerate() -> None:
     assert topk_items(users[:2], torch.zeros(3, 2), 2).items.tolist() == [[0, 1], [0, 1]]
 
 
-class _Largest(TorchDispatchMode):
-    """Remembers the largest tensor that any operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.numel = max([self.numel, *(leaf.numel() for leaf in tree_iter(result) if isinstance(leaf, Tensor))])
-        return result
-
-
 def test_memory() -> None:
     """No tensor is larger than the budget; the whole matrix would be 160,000 numbers, 1.3 MB."""
     torch.manual_seed(0)
     users, items = torch.randn(200, 1), torch.randn(800, 1)
-    with _Largest() as largest:
+    with LargestTensor() as largest:
         topk_items(users, items, 2, memory=50_000)
     assert 8 * largest.numel <= 50_000
 
