@@ -45,7 +45,9 @@ def run_processes(function: Callable[..., Any], *args: Any, world_size: int, fol
         AssertionError: a process failed; the message holds its traceback.
     """
     store = folder / f"store-{len(list(folder.iterdir()))}"
-    context = mp.get_context("spawn")
+    # A process that has imported torch and lightning once and forks: nothing has run in it, so it is as clean as a new one.
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["lightning.pytorch", "torchmetrics", "torchvision", "zoo.metrics"])
     processes = [
         context.Process(target=_entry, args=(rank, world_size, str(store), function, args))
         for rank in range(world_size)
