@@ -16,6 +16,10 @@ class InputError(ValueError):
     """
 
 
+def _likeness(first: str, second: str) -> float:
+    return difflib.SequenceMatcher(None, second, first).ratio()
+
+
 def nearest(name: str, candidates: Iterable[str], *, count: int = 3) -> str:
     """Return `` Did you mean …?`` with the nearest candidates, or an empty string if none is near.
 
@@ -34,4 +38,7 @@ def nearest(name: str, candidates: Iterable[str], *, count: int = 3) -> str:
     pool = list(candidates)
     lowered = {candidate.lower(): candidate for candidate in pool}
     found = difflib.get_close_matches(name.lower(), lowered, n=count, cutoff=0.5)
+    if found:  # beside a name that is one letter away, one that is half alike is noise
+        best = _likeness(name.lower(), found[0])
+        found = [key for key in found if _likeness(name.lower(), key) > best - 0.3]
     return f" Did you mean {', '.join(lowered[key] for key in found)}?" if found else ""
