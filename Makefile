@@ -37,6 +37,8 @@ bench: setup
 	$(BIN)/python benchmarks/distillation.py --batch 128
 	$(BIN)/python benchmarks/contrastive.py
 	$(BIN)/python benchmarks/structure.py
+	$(BIN)/python benchmarks/saliency.py --batch 4
+	$(BIN)/python benchmarks/attacks.py --batch 32 --side 32
 	$(BIN)/python benchmarks/hub.py
 
 bench-gpu: setup
@@ -44,6 +46,8 @@ bench-gpu: setup
 	$(BIN)/python benchmarks/distillation.py --device cuda --precision bf16-mixed
 	$(BIN)/python benchmarks/contrastive.py --device cuda
 	$(BIN)/python benchmarks/structure.py --device cuda
+	$(BIN)/python benchmarks/saliency.py --device cuda
+	$(BIN)/python benchmarks/attacks.py --device cuda
 	$(BIN)/python benchmarks/nd_table.py --preset gpu --out runs/nd-table-gpu
 
 clean:

@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 import torchvision
+from nd import peak_bytes
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from structure import MIB, seconds, table, verdict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.nd import peak_bytes
-from benchmarks.structure import MIB, seconds, table, verdict
 from zoo.attacks import apgd, attack_loss, pgd
 
 STEPS = 10

@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 import torchvision
+from nd import peak_bytes, seconds
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.nd import peak_bytes, seconds
 from zoo.combined_maps import combine_maps, normalize_map
 from zoo.contributions import contribution_map
 from zoo.layer_taps import LayerTaps, find_layers
