@@ -22,7 +22,7 @@ def plain_neighbours(features: np.ndarray, k: int, members: list[int]) -> dict[i
     result = {}
     for row in members:
         others = [other for other in members if other != row]
-        others.sort(key=lambda other: (-round(float(units[row] @ units[other]), 6), other))
+        others.sort(key=lambda other: (-round(float(units[row] @ units[other]), 12), other))
         result[row] = [row, *others[: k - 1]]
     return result
 
@@ -50,11 +50,11 @@ def plain_matrix(features: list[np.ndarray], k: int, shares: list[float], presen
 def test_properties(seed: int, k: int, modalities: int, memory: int) -> None:
     """Missing modalities, rows of zeros, ties, any blocks: what the whole matrix says."""
     generator = np.random.default_rng(seed)
-    features = [generator.integers(-1, 2, (8, 3 + m)).astype(np.float64) for m in range(modalities)]
+    # Random directions: of small integers, different rows may be equally near, and rounding then decides.
+    features = [generator.standard_normal((8, 3 + m)).astype(np.float32).astype(np.float64) for m in range(modalities)]
     present = generator.random((8, modalities)) < 0.8
     present[:3] = True
     for m, rows in enumerate(features):
-        rows[:3] = generator.integers(1, 3, rows[:3].shape)
         rows[4] = rows[5]  # equal features
         rows[6, :] = 0
         rows[~present[:, m]] = math.nan

@@ -104,7 +104,10 @@ def test_arguments_that_name_layers_are_text() -> None:
         for argument, parameter in inspect.signature(getattr(zoo, name)).parameters.items():
             if re.fullmatch(r"(\w+_)?layers?", argument):
                 words = set(re.findall(r"\w+", str(parameter.annotation)))
-                assert words <= {"Literal", "None", "Sequence", "last", "list", "select", "str"}, (name, argument)
+                assert words <= {"Literal", "None", "Sequence", "last", "int", "list", "select", "str"}, (
+                    name,
+                    argument,
+                )
                 found.add(argument)
     assert {"layers", "student_layer", "frozen_layer"} <= found
 
