@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check lint types pytest bench bench-gpu clean
+.PHONY: setup demo test test-thorough check lint types pytest bench bench-gpu clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,10 @@ types: setup
 
 pytest: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Every case, the slow ones too (about twice the time): before a landing that touches pushing, the Hub or the command line.
+test-thorough: setup
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "thorough or not thorough"
 
 bench: setup
 	$(BIN)/python benchmarks/nd.py

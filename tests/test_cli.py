@@ -138,6 +138,7 @@ def test_resume_by_ckpt_path_warns_of_each_difference(inside: Path) -> None:
     assert json.loads(Path("runs/resumed/config.json").read_text())["args"]["temperature"] == 2.0
 
 
+@pytest.mark.thorough
 def test_required_model_is_trained_first(tmp_path: Path) -> None:
     """In a fresh folder one command makes the teacher and then the student (a process of its own, as a user runs it)."""
     command = [sys.executable, "-W", "ignore", "-m", "zoo", "fit", "--config", "nd-digits", *SMALL]

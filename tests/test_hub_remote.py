@@ -98,6 +98,7 @@ def test_push_from_python_with_pull_request_branch_and_private(hub: HubServer, r
     assert zoo(["show", "me/never"], hub, tmp_path / "d").returncode == 2
 
 
+@pytest.mark.thorough
 def test_token_of_the_login(hub: HubServer, run: Path, tmp_path: Path) -> None:
     """Without HF_TOKEN the client's stored login counts, and without either nothing is sent."""
     nobody = zoo(["push", str(run), "me/login"], hub, tmp_path / "nobody", token=None)
@@ -110,6 +111,7 @@ def test_token_of_the_login(hub: HubServer, run: Path, tmp_path: Path) -> None:
     assert "hf_local" not in pushed.stdout + pushed.stderr
 
 
+@pytest.mark.thorough
 def test_dry_run_and_card_send_nothing(hub: HubServer, run: Path, tmp_path: Path) -> None:
     listed = zoo(["push", str(run), "me/dry", "--dry-run"], hub, tmp_path / "a")
     assert listed.returncode == 0, listed.stderr
@@ -123,6 +125,7 @@ def test_dry_run_and_card_send_nothing(hub: HubServer, run: Path, tmp_path: Path
     assert not hub.requests("POST|PUT", ".*")
 
 
+@pytest.mark.thorough
 def test_hand_written_parts_of_the_card_survive(hub: HubServer, run: Path, tmp_path: Path) -> None:
     assert zoo(["push", str(run), "me/card"], hub, tmp_path / "a").returncode == 0
     card = hub.files("me/card")["README.md"].decode()
@@ -145,6 +148,7 @@ def test_train_again_from_the_recipe_on_the_hub(hub: HubServer, run: Path, tmp_p
     assert set(config["run"]["metrics"]) == {"val", "test"}
 
 
+@pytest.mark.thorough
 def test_offline_from_the_cache(hub: HubServer, run: Path, tmp_path: Path) -> None:
     assert zoo(["push", str(run), "me/cached"], hub, tmp_path / "a").returncode == 0
     code = "import json, zoo; m = zoo.from_pretrained('me/cached'); print(json.dumps(m.hub_commit))"
@@ -159,12 +163,14 @@ def test_offline_from_the_cache(hub: HubServer, run: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["pull", "me/none", "x"], "no repository me/none"),
+        pytest.param(["pull", "me/none", "x"], "no repository me/none", marks=pytest.mark.thorough),
         (["pull", "hf://me/there@nowhere", "x"], "me/there has no revision 'nowhere'"),
         (["show", "me/pickles"], "has no config.json. It has model.ckpt: the zoo reads no pickled files"),
-        (["push", "nothing", "me/x"], "nothing is no folder with a stored model"),
+        pytest.param(
+            ["push", "nothing", "me/x"], "nothing is no folder with a stored model", marks=pytest.mark.thorough
+        ),
         (["push", "RUN", "you/x"], "the Hub refuses (403)"),
-        (["fit", "--config", "hf://me/there"], "it has no recipe.yaml"),
+        pytest.param(["fit", "--config", "hf://me/there"], "it has no recipe.yaml", marks=pytest.mark.thorough),
     ],
 )
 def test_bad_requests_are_one_line(hub: HubServer, run: Path, tmp_path: Path, words: list[str], message: str) -> None:

@@ -59,7 +59,15 @@ def _is_whole(folder: Path) -> bool:
     return any((folder / place / "model.safetensors").exists() for place in (".", ".saved"))
 
 
-@pytest.mark.parametrize("moment", REQUESTS)
+# These run with each change, the others with `make test-thorough`.
+USUAL = {"first commit", "second upload", "first version not written", "second version not in place"}
+
+
+def moments(named: dict[str, Any]) -> list[Any]:
+    return [name if name in USUAL else pytest.param(name, marks=pytest.mark.thorough) for name in named]
+
+
+@pytest.mark.parametrize("moment", moments(REQUESTS))
 def test_killed_during_a_request(hub: HubServer, runs: Runs, tmp_path: Path, moment: str) -> None:
     (method, path, version, after), sent, stored = REQUESTS[moment]
     repo_id = "me/" + moment.replace(" ", "-")
@@ -79,7 +87,7 @@ def test_killed_during_a_request(hub: HubServer, runs: Runs, tmp_path: Path, mom
     check(runs, hub, repo_id, tmp_path, sent, stored)
 
 
-@pytest.mark.parametrize("moment", CALLS)
+@pytest.mark.parametrize("moment", moments(CALLS))
 def test_killed_on_the_disk(hub: HubServer, runs: Runs, tmp_path: Path, moment: str) -> None:
     place, sent, stored = CALLS[moment]
     repo_id = "me/" + moment.replace(" ", "-")

@@ -80,7 +80,13 @@ FAULTS: dict[str, tuple[Callable[[HubServer], Fault], bool]] = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+# These run with each change, the others with `make test-thorough`.
+USUAL = {"500 at times", "500 of commits", "cut upload", "lost answer"}
+
+
+@pytest.mark.parametrize(
+    "fault", [fault if fault in USUAL else pytest.param(fault, marks=pytest.mark.thorough) for fault in FAULTS]
+)
 def test_training_is_the_same_under_faults(
     hub: HubServer, runs: Runs, control: dict[str, Any], tmp_path: Path, fault: str
 ) -> None:
@@ -145,7 +151,9 @@ def test_token_that_expires_in_mid_run(hub: HubServer, runs: Runs, control: dict
     assert send_by_hand(runs, hub).name == "0003-epoch-2"
 
 
-@pytest.mark.parametrize("place", ["PUT /storage/", "POST /commit/", "GET /whoami"])
+@pytest.mark.parametrize(
+    "place", [pytest.param("PUT /storage/", marks=pytest.mark.thorough), "POST /commit/", "GET /whoami"]
+)
 def test_silent_hub(hub: HubServer, runs: Runs, control: dict[str, Any], tmp_path: Path, place: str) -> None:
     method, path = place.split()
     rule = hub.faults.hold(method, path, times=None)

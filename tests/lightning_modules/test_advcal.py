@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from zoo.lightning_modules.advcal import AdversarialCalibration
 
 from tests.advcal_cases import ALPHA, CENTERS, EPS, INPUTS, LABELS, SCALE, START, STEPS, encode, head
 from tests.calibration_cases import Toy, quiet, toy, toy_data
+from tests.processes import fit_in_two_processes
 from zoo.attacks import attack_loss, pgd
 from zoo.calibration_attacks import TrainingAttack, generator_of
 from zoo.calibration_heads import build_calibration_head
@@ -147,14 +149,30 @@ def test_heads_start_as_the_identity_and_learn(name: Any) -> None:
 
 
 def test_golden_ranges() -> None:
-    """c7 of the notes: 4/255 of images that are normalised per channel, and of coordinates in [-1, 1]."""
-    low, high = [-1.79226253, -1.7520971, -1.48021977], [1.93033625, 2.07488384, 2.1458969]
+    """c7 of the notes: 4/255 of images that are normalised per channel, of coordinates in [-1, 1], and of a cloud's own."""
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    low, high = ([(edge - m) / s for m, s in zip(mean, std, strict=True)] for edge in (0.0, 1.0))
+    assert low == pytest.approx([-1.79226253374815, -1.7520971281645974, -1.4802197687835659], abs=1e-12)
+    assert high == pytest.approx([1.930336254158794, 2.0748838377332515, 2.1458969890575763], abs=1e-12)
     attack = TrainingAttack("l2", 4 / 255, 1 / 255, 1, (low, high))
-    found = attack.bounds(torch.zeros(2, 3, 4, 4))
+    found = attack.bounds(torch.zeros(2, 3, 4, 4).double())
     assert found[0].shape == (3, 1, 1)
-    assert (attack.eps * (found[1] - found[0])).flatten().tolist() == pytest.approx([0.0584, 0.0600, 0.0569], abs=5e-5)
-    coordinates = TrainingAttack("l2", 4 / 255, 1 / 255, 1, (-1.0, 1.0)).bounds(torch.zeros(2, 7, 3))
-    assert float(4 / 255 * (coordinates[1] - coordinates[0])) == pytest.approx(0.0314, abs=5e-5)
+    radii = (attack.eps * (found[1] - found[0])).flatten().tolist()
+    assert radii == pytest.approx([0.058393706476971674, 0.06003107397486822, 0.056880262868096346], abs=1e-12)
+    coordinates = TrainingAttack("l2", 4 / 255, 1 / 255, 1, (-1.0, 1.0)).bounds(torch.zeros(2, 7, 3).double())
+    assert float(4 / 255 * (coordinates[1] - coordinates[0])) == pytest.approx(0.03137254901960784, abs=1e-12)
+    cloud = torch.tensor([[0.5497023555512104, 1.3485280113602036, -1.302910058843106]], dtype=torch.float64)
+    own = replace(attack, valid_range=(cloud.min().item(), cloud.max().item()))
+    low_end, high_end = own.bounds(cloud)
+    assert float(4 / 255 * (high_end - low_end)) == pytest.approx(0.04159118541495387, abs=1e-12)
+    # A range that is not the cloud's would change the clean input by up to 1.30: it is refused.
+    assert float((cloud.clamp(0, 1) - cloud).abs().max()) == pytest.approx(1.302910058843106, abs=1e-12)
+    options: dict[str, Any] = {
+        "embed": lambda x: x, "classify": lambda x: x, "clean": cloud, "generator": torch.Generator(),
+    }  # fmt: skip
+    with pytest.raises(InputError, match="x must lie in valid_range"):
+        replace(own, valid_range=(0.0, 1.0)).run(cloud, None, **options)
+    assert torch.equal(replace(own, eps=0.0).run(cloud, None, **options), cloud)
 
 
 def test_one_cycle_is_torch_s() -> None:
@@ -220,16 +238,16 @@ def test_random_starts_survive_resume(target: Any, tmp_path: Path) -> None:
         assert torch.equal(a, b), key
 
 
-def test_two_processes_equal_one() -> None:
+def test_two_processes_equal_one(tmp_path: Path) -> None:
     one = digits_model(objective="nce", lr=1e-2).double()
     two = copy.deepcopy(one)
-    for model, processes in ((one, 1), (two, 2)):
-        trainer = pl.Trainer(
-            accelerator="cpu", devices=processes, strategy="ddp_spawn" if processes > 1 else "auto", precision="64-true",
-            max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0, log_every_n_steps=1,
-        )  # fmt: skip
-        trainer.fit(model, DigitsModalitiesDataModule(train_samples=80, batch_size=80 // processes))
+    options: dict[str, Any] = {
+        "precision": "64-true", "max_epochs": 2, "logger": False, "enable_checkpointing": False,
+        "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0, "limit_val_batches": 0,
+    }  # fmt: skip
+    whole, half = (DigitsModalitiesDataModule(train_samples=80, batch_size=size) for size in (80, 40))
+    pl.Trainer(accelerator="cpu", devices=1, **options).fit(one, whole)
+    fit_in_two_processes(two, half, folder=tmp_path, **options)
     for (key, a), (_, b) in zip(one.heads.state_dict().items(), two.heads.state_dict().items(), strict=True):
         assert not torch.equal(a, digits_model().heads.state_dict()[key].double())
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9, msg=key)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.losses.test_structure import A1, A2, X1, X2
+from tests.processes import fit_in_two_processes
 from tests.structure_cases import Encoder, at_step, build, pairs, rows
 from tests.training import quick_trainer
 from zoo.alignment_heads import LinearHead, LowRankHead, build_head
@@ -244,17 +245,16 @@ def test_rows_without_a_partner_join_the_regulariser() -> None:
         torch.testing.assert_close(logged["train/base_loss"], base, rtol=1e-9, atol=1e-10)
 
 
-def test_two_processes_equal_one() -> None:
+def test_two_processes_equal_one(tmp_path: Path) -> None:
     one = build(lr=1e-2, schedule="constant", warmup_steps=2, head="mlp").double()
     two = copy.deepcopy(one)
-    for model, processes in ((one, 1), (two, 2)):
-        trainer = pl.Trainer(
-            accelerator="cpu", devices=processes, strategy="ddp_spawn" if processes > 1 else "auto", precision="64-true",
-            max_epochs=4, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=True,
-        )  # fmt: skip
-        # All pairs in one batch: Lightning's sampler shuffles, and losses over all of them do not care.
-        trainer.fit(model, pairs(32, 32 // processes, torch.float64))
+    options: dict[str, Any] = {
+        "precision": "64-true", "max_epochs": 4, "logger": False, "enable_checkpointing": False,
+        "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0,
+    }  # fmt: skip
+    # All pairs in one batch: Lightning's sampler shuffles, and losses over all of them do not care.
+    pl.Trainer(accelerator="cpu", devices=1, **options).fit(one, pairs(32, 32, torch.float64))
+    fit_in_two_processes(two, pairs(32, 16, torch.float64), folder=tmp_path, **options)
     for (key, a), (_, b) in zip(one.state_dict().items(), two.state_dict().items(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=key)
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 import zoo
 from tests.hub_fixtures import run_python
 from tests.hub_server import HubServer
+from tests.processes import fit_in_two_processes
 from tests.stored import config_of, seeded_distillation
 from tests.training import quick_trainer
 from zoo.data import DigitsCaptionsDataModule, FeaturePairsDataModule
@@ -274,23 +275,18 @@ assert torch.equal(again.encode_image(x), model.eval().encode_image(x))
     assert b'"name": "hf://me/nd-images"' in stored["config.json"]
 
 
-def test_two_processes_equal_one() -> None:
+def test_two_processes_equal_one(tmp_path: Path) -> None:
     one = build("CWCL").double()
     two = copy.deepcopy(one)
-    _fit_double(one, 1)
-    _fit_double(two, 2)
+    options: dict[str, Any] = {
+        "precision": "64-true", "max_epochs": 3, "logger": False, "enable_checkpointing": False,
+        "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0,
+    }  # fmt: skip
+    # All pairs in one batch: Lightning's sampler shuffles, and a loss over all of them does not care.
+    pl.Trainer(accelerator="cpu", devices=1, **options).fit(one, pairs(32, 32, torch.float64))
+    fit_in_two_processes(two, pairs(32, 16, torch.float64), folder=tmp_path, **options)
     for (key, a), (_, b) in zip(one.state_dict().items(), two.state_dict().items(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11, msg=key)
-
-
-def _fit_double(model: TwoTowerModule, processes: int) -> None:
-    trainer = pl.Trainer(
-        accelerator="cpu", devices=processes, strategy="ddp_spawn" if processes > 1 else "auto", precision="64-true",
-        max_epochs=3, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        num_sanity_val_steps=0, use_distributed_sampler=True,
-    )  # fmt: skip
-    # All pairs in one batch: Lightning's sampler shuffles, and a loss over all of them does not care.
-    trainer.fit(model, pairs(32, 32 // processes, torch.float64))
 
 
 @BOTH
