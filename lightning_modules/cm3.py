@@ -185,7 +185,8 @@ class CM3(RecommenderModule):
         present = torch.stack([data.present[name] for name in names], 1)
         features = {}
         for column, name in enumerate(names):
-            features[name] = torch.where(present[:, column, None], data.features[name].float(), 0)
+            rows = data.features[name].float()
+            features[name] = rows if bool(present[:, column].all()) else torch.where(present[:, column, None], rows, 0)
             present[:, column] &= largest_entries(features[name]) != 0
         self._features, self._present = features, present
         return {"feature_dims": {name: int(rows.shape[1]) for name, rows in features.items()}}

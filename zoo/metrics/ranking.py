@@ -11,7 +11,7 @@ from torch import Tensor
 from zoo.errors import InputError
 from zoo.interaction_graph import PairLists, require_lists
 from zoo.metrics.embeddings import RowsMetric, require_embeddings, require_ks, settings_digest
-from zoo.metrics.top_items import DEFAULT_MEMORY, ScoreName, topk_items
+from zoo.metrics.top_items import DEFAULT_MEMORY, ScoreName, ranked_items
 
 __all__ = ["MEASURES", "FullRanking", "ranking_values"]
 
@@ -140,14 +140,14 @@ class FullRanking(RowsMetric):  # for its states of whole numbers, which keep th
         require_lists("held_out", held_out, rows=len(user_embeddings), columns=len(item_embeddings))
         if seen is not None:
             require_lists("seen", seen, rows=len(user_embeddings), columns=len(item_embeddings))
-        found = topk_items(
+        found = ranked_items(
             user_embeddings,
             item_embeddings,
             max(self.k),
             score=self.score,
             exclude=seen,
             memory=self.memory,
-        ).items
+        )
         held_out = held_out.to(found.device)
         hits, lengths = held_out.contains(found), held_out.lengths()
         if hits.device.type == "mps":  # which has no float64

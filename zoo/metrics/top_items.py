@@ -6,12 +6,12 @@ one (of their own for cosines). Products of such vectors are whole numbers below
 whatever order they are added up. So equal items tie exactly, and of equally good ones the first comes first: the result
 does not depend on block sizes, batches, processes, threads or devices. Scores that are closer than about 2^-25 of the
 largest possible one may change their order, as they may by the rounding of float32.
+
+On a CPU scores in float32 find the same lists in half the time or less (`zoo.metrics.screening`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,18 +21,16 @@ from torch import Tensor
 from zoo.errors import InputError
 from zoo.interaction_graph import PairLists, require_lists
 from zoo.metrics.embeddings import require_embeddings
+from zoo.metrics.exact_lists import best_lists, best_neighbours
+from zoo.metrics.screening import can_screen, screened_lists, screened_neighbours
+from zoo.metrics.whole_numbers import BITS, exact_scores, largest_entries, longest, row_lengths
 
-__all__ = ["DEFAULT_MEMORY", "ScoreName", "TopItems", "largest_entries", "nearest_items", "topk_items"]
+__all__ = ["DEFAULT_MEMORY", "ScoreName", "TopItems", "largest_entries", "nearest_items", "ranked_items", "topk_items"]
 
 ScoreName = Literal["dot", "cosine"]
 
 DEFAULT_MEMORY = 2**28
-# Products stay below 2^53 even where rounding has made the vectors longer.
-_BITS = 25
-# A score in float64, and what topk takes.
-_BYTES_PER_SCORE = 16
-# A row in float64 and its scaled and rounded copies.
-_BYTES_PER_ENTRY = 32
+_ITEMS_PER_SCORE = 256
 
 
 class TopItems(NamedTuple):
@@ -82,6 +80,59 @@ def topk_items(
         >>> topk_items(users, items, 1, score="cosine").items
         tensor([[0]])
     """
+    found, scores = _ranked(
+        users, items, k, score=score, exclude=exclude, candidates=candidates, memory=memory, with_scores=True
+    )
+    assert scores is not None
+    return TopItems(found, scores)
+
+
+@torch.no_grad()
+def ranked_items(
+    users: Tensor,
+    items: Tensor,
+    k: int,
+    *,
+    score: ScoreName = "dot",
+    exclude: PairLists | None = None,
+    memory: int = DEFAULT_MEMORY,
+) -> Tensor:
+    """The items of `topk_items` alone, which take less time than with their scores.
+
+    Args:
+        users: as for `topk_items`, as are the others.
+        items: the same.
+        k: the same.
+        score: the same.
+        exclude: the same.
+        memory: the same.
+
+    Returns:
+        Items (B, min(k, I)).
+
+    Raises:
+        InputError: as `topk_items`.
+
+    Example:
+        >>> ranked_items(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.0], [2.0, 1.0]]), 2)
+        tensor([[1, 0]])
+    """
+    return _ranked(
+        users, items, k, score=score, exclude=exclude, candidates=None, memory=memory, with_scores=False
+    )[0]  # fmt: skip
+
+
+def _ranked(
+    users: Tensor,
+    items: Tensor,
+    k: int,
+    *,
+    score: ScoreName,
+    exclude: PairLists | None,
+    candidates: Tensor | None,
+    memory: int,
+    with_scores: bool,
+) -> tuple[Tensor, Tensor | None]:
     _check(users, items, k=k, score=score, exclude=exclude, memory=memory)
     device = users.device
     if device.type == "mps":
@@ -94,17 +145,27 @@ def topk_items(
     places = min(k, len(items))
     if places == 0 or len(users) == 0:
         shape = len(users), places
-        empty = TopItems(torch.zeros(shape, dtype=torch.int64), torch.zeros(shape))
-        return TopItems(*(part.to(device) for part in empty))
-    length = _longest(items, memory) if score == "dot" else None
-    found, scores = _best(users, items, places, item_length=length, exclude=exclude, memory=memory)
-    nothing = (scores == -torch.inf) | largest_entries(users).isfinite().logical_not().unsqueeze(1)
-    scores = scores / 2.0 ** (2 * _BITS)
-    if length is not None:
-        scores = scores * (_lengths(users, memory).unsqueeze(1) * length)
-    found = found if candidates is None else candidates[found]
-    best = TopItems(found.masked_fill(nothing, -1), scores.masked_fill(nothing, -torch.inf).float())
-    return TopItems(*(part.to(device) for part in best))
+        return torch.zeros(shape, dtype=torch.int64, device=device), torch.zeros(shape, device=device)
+    of_users, of_items = row_lengths(users, memory), row_lengths(items, memory)
+    length = longest(of_items) if score == "dot" else None
+    # The exact score of an item that was found costs as much as some hundred that are only compared.
+    worth = not with_scores or len(items) >= _ITEMS_PER_SCORE * places
+    if worth and length != 0 and can_screen(of_users, of_items, places, users.shape[1]):
+        found = screened_lists(
+            users, items, places, of_users=of_users, of_items=of_items, dot=score == "dot", exclude=exclude, memory=memory
+        )  # fmt: skip
+        scores = _scores_of(users, items, found, length, memory) if with_scores else None
+    else:
+        found, scores = best_lists(users, items, places, item_length=length, exclude=exclude, memory=memory)
+        found = found.masked_fill((scores == -torch.inf) | of_users.isfinite().logical_not().unsqueeze(1), -1)
+    if scores is not None:
+        scores = scores / 2.0 ** (2 * BITS)
+        if length is not None:
+            scores = scores * (of_users.unsqueeze(1) * length)
+        scores = scores.masked_fill(found < 0, -torch.inf).float().to(device)
+    if candidates is not None:
+        found = candidates[found.clamp_min(0)].masked_fill(found < 0, -1)
+    return found.to(device), scores
 
 
 @torch.no_grad()
@@ -141,140 +202,20 @@ def nearest_items(items: Tensor, k: int, *, memory: int = DEFAULT_MEMORY) -> Ten
         raise InputError(f"items must be finite, row {int(broken.int().argmax())} is not")
     device = items.device
     items = items.cpu() if device.type == "mps" else items
-    best = _Best(len(items), k, items.device)
-    size = min(_block_shape(len(items), len(items), items.shape[1], memory))
-    blocks = list(_blocks(len(items), size)) if k else []
-    for index, block in enumerate(blocks):
-        vectors = _whole_numbers(items[block], None)[0]
-        # The lists of a block meet the others in their order: those before it now, those behind it in their turn.
-        for own in blocks[:index]:
-            scores = _whole_numbers(items[own], None)[0] @ vectors.t()
-            best.add(own, scores, block.start)
-            best.add(block, scores.t(), own.start)
-        best.add(block, (vectors @ vectors.t()).fill_diagonal_(-torch.inf), block.start)
-    return best.items.to(device)
+    if k == 0:
+        return torch.zeros(len(items), 0, dtype=torch.int64, device=device)
+    lengths = row_lengths(items, memory)
+    if can_screen(lengths, lengths, k, items.shape[1]):
+        return screened_neighbours(items, k, lengths, memory).to(device)
+    return best_neighbours(items, k, memory).to(device)
 
 
-def _best(
-    users: Tensor, items: Tensor, places: int, *, item_length: float | None, exclude: PairLists | None, memory: int
-) -> tuple[Tensor, Tensor]:
-    """Positions and whole-number scores (B, places), -inf for what may not be found."""
-    rows, columns = _block_shape(len(users), len(items), users.shape[1], memory)
-    best = _Best(len(users), places, users.device)
-    excluded = None if exclude is None else (exclude.rows(), exclude.columns, exclude.offsets.tolist())
-    for block in _blocks(len(items), columns):
-        vectors, usable = _whole_numbers(items[block], item_length)
-        broken = usable.logical_not().nonzero().squeeze(1)
-        for own in _blocks(len(users), rows):
-            scores = _whole_numbers(users[own], None)[0] @ vectors.t()
-            scores.index_fill_(1, broken, -torch.inf)
-            if excluded is not None:
-                _exclude(scores, *excluded, own=own, block=block)
-            best.add(own, scores, block.start)
-    return best.items, best.scores
-
-
-class _Best:
-    """Running lists of the best, to which blocks of items are added in their order."""
-
-    def __init__(self, rows: int, places: int, device: torch.device) -> None:
-        self.places = places
-        self.items = torch.zeros(rows, places, dtype=torch.int64, device=device)
-        self.scores = torch.full_like(self.items, -torch.inf, dtype=torch.float64)
-
-    def add(self, own: slice, scores: Tensor, start: int) -> None:
-        """Take in the scores of some rows with the items from `start` on."""
-        positions = _first_best(scores, min(self.places, scores.shape[1]))
-        # What came from earlier blocks stands first among equals.
-        both = torch.cat([self.scores[own], scores.gather(1, positions)], 1).sort(dim=1, descending=True, stable=True)
-        order = both.indices[:, : self.places]
-        self.scores[own] = both.values[:, : self.places]
-        self.items[own] = torch.cat([self.items[own], positions + start], 1).gather(1, order)
-
-
-def _first_best(scores: Tensor, places: int) -> Tensor:
-    """Positions (B, places) of the largest scores, the first of equal ones, in that order."""
-    top = scores.topk(min(places + 1, scores.shape[1]), dim=1)
-    positions = top.indices[:, :places]
-    if top.indices.shape[1] > places:
-        # Which of the equals topk has taken at the end of the list is chance.
-        last = top.values[:, places - 1]
-        tied = ((last == top.values[:, places]) & (last > -torch.inf)).nonzero().squeeze(1)
-        if len(tied):
-            some, limit = scores[tied], last[tied].unsqueeze(1)
-            above, equal = some > limit, some == limit
-            taken = above | (equal & (equal.cumsum(1) <= places - above.sum(1, keepdim=True)))
-            positions[tied] = taken.nonzero()[:, 1].view(-1, places)
-    positions = positions.sort(1).values
-    return positions.gather(1, scores.gather(1, positions).sort(dim=1, descending=True, stable=True).indices)
-
-
-def _exclude(scores: Tensor, rows: Tensor, columns: Tensor, offsets: list[int], *, own: slice, block: slice) -> None:
-    pairs = slice(offsets[own.start], offsets[own.stop])
-    rows, columns = rows[pairs], columns[pairs]
-    here = (columns >= block.start) & (columns < block.stop)
-    scores[rows[here] - own.start, columns[here] - block.start] = -torch.inf
-
-
-def _whole_numbers(rows: Tensor, length: float | None) -> tuple[Tensor, Tensor]:
-    """Rows divided by their own or a common length, times 2^25, rounded; and which are finite (others become zeros)."""
-    finite = largest_entries(rows).isfinite()
-    if length is None:
-        lengths = _lengths_of_block(rows).unsqueeze(1)
-    else:
-        lengths = torch.full((), length, dtype=torch.float64, device=rows.device)
-    wanted = finite.unsqueeze(1) & (lengths > 0)
-    scaled = torch.where(wanted, rows.double(), 0).div_(torch.where(wanted, lengths, 1))
-    return scaled.mul_(2.0**_BITS).round_(), finite
-
-
-def largest_entries(rows: Tensor) -> Tensor:
-    """Largest magnitude in each row, without a copy of the rows.
-
-    Args:
-        rows: (N, d).
-
-    Returns:
-        (N,): 0 for a row of zeros, and not finite for a row that is not.
-
-    Example:
-        >>> largest_entries(torch.tensor([[1.0, -2.0], [0.0, 0.0], [torch.nan, 1.0]]))
-        tensor([2., 0., nan])
-    """
-    largest: Tensor = torch.linalg.vector_norm(rows, torch.inf, dim=1)
-    return largest
-
-
-def _lengths(rows: Tensor, memory: int) -> Tensor:
-    blocks = _blocks(len(rows), max(1, memory // (_BYTES_PER_ENTRY * rows.shape[1])))
-    return torch.cat([_lengths_of_block(rows[block]) for block in blocks])
-
-
-def _lengths_of_block(rows: Tensor) -> Tensor:
-    rows = rows.double()
-    largest = largest_entries(rows).unsqueeze(1)
-    usable = (largest > 0) & largest.isfinite()
-    lengths: Tensor = torch.linalg.vector_norm(rows / torch.where(usable, largest, 1), dim=1) * largest.squeeze(1)
-    return lengths
-
-
-def _longest(items: Tensor, memory: int) -> float:
-    """Length of the longest item that is finite."""
-    lengths = _lengths(items, memory)
-    return float(torch.where(lengths.isfinite(), lengths, 0).amax())
-
-
-def _block_shape(users: int, items: int, width: int, memory: int) -> tuple[int, int]:
-    """Rows and columns of a block: half of the memory for vectors, half for scores, and as square as that allows."""
-    vectors = max(1, memory // (4 * _BYTES_PER_ENTRY * width))
-    scores = max(1, memory // (2 * _BYTES_PER_SCORE))
-    rows = min(users, vectors, max(1, math.isqrt(scores)))
-    return rows, min(items, vectors, max(1, scores // rows))
-
-
-def _blocks(count: int, size: int) -> Iterator[slice]:
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
+def _scores_of(users: Tensor, items: Tensor, found: Tensor, length: float | None, memory: int) -> Tensor:
+    """Whole-number scores of what was found (B, places)."""
+    rows = torch.arange(len(found)).repeat_interleave(found.shape[1])
+    return exact_scores(users, items, rows, found.clamp_min(0).flatten(), length=length, memory=memory).view(
+        found.shape
+    )
 
 
 def _sorted_candidates(candidates: Tensor, items: int) -> Tensor:
