@@ -70,6 +70,8 @@ def test_golden_adaptive() -> None:
         optimizer.step()
     weight.requires_grad_(False)
     bias.requires_grad_(False)
+    row = [1.0205210779934164, -0.06318571194901224, -0.05567458412601413, -0.03835641259285082, -0.0003686026202232949]
+    torch.testing.assert_close(weight[0], torch.tensor(row, dtype=torch.float64), **CLOSE)
 
     def through(x: Tensor) -> Tensor:
         return head(encode(x), weight, bias)

@@ -123,13 +123,29 @@ class Saturated(nn.Module):
 
 def test_each_attack_takes_what_the_others_left() -> None:
     x, labels = samples()
-    one, two, both = (
+    one, two, both, turned = (
         verdicts(Saturated(), x, labels, AttackPlan((EPS,), attacks, steps=20))["adaptive_0.01"]
-        for attacks in (("pgd-ce",), ("pgd-repel",), ("pgd-ce", "pgd-repel"))
+        for attacks in (("pgd-ce",), ("pgd-repel",), ("pgd-ce", "pgd-repel"), ("pgd-repel", "pgd-ce"))
     )
     assert torch.equal(both, margins(Linear(0), x, labels, EPS * direction(Linear(0)).abs().sum()) > 0)
     assert one.sum() > both.sum()
     assert torch.equal(one & two, both)
+    assert torch.equal(turned, both)  # the weaker one, which comes last, takes nothing back
+
+
+def test_noise_moves_each_entry_by_the_radius_and_mends_nothing() -> None:
+    seen: list[Tensor] = []
+
+    def network(x: Tensor) -> Tensor:
+        seen.append(x.detach())
+        return Linear(0)(x)
+
+    x, labels = samples()
+    # 0.3 is far enough to turn samples that are wrong.
+    found = verdicts(network, x, labels, AttackPlan((0.3,), steps=1))
+    torch.testing.assert_close((seen[-1] - x).abs(), torch.full_like(x, 0.3))
+    assert bool((network(seen[-1]).argmax(1) == labels)[~found["clean"]].any())
+    assert bool((found["noise_0.3"] <= found["clean"]).all())
 
 
 def test_embedding_attacks_need_no_labels() -> None:

@@ -247,7 +247,7 @@ def _check_text(value: str, where: str, source: str) -> None:
     is_layer = _LAYER_ARGUMENT.fullmatch(where) and _LAYER.fullmatch(value)
     if _IMPORT_PATH.fullmatch(value) and not (is_file or is_layer):
         raise InputError(f"{source}: {where} {shown} is refused: it could be the path of something to import")
-    if _is_outside(value):
+    if _is_outside(value.removeprefix("diffusers/")):
         raise InputError(f"{source}: {where} {shown} points outside the current folder")
     # Where a class is asked for, jsonargparse reads a text as configuration, or as the name of a file with one.
     if value.rpartition("/")[2].lower().endswith((".yaml", ".yml", ".json")) or _is_stored_file(value):

@@ -116,6 +116,10 @@ def test_test_takes_the_batch_before_the_module_changes_it() -> None:
     run.test(Plain(), loader(), verbose=False)
     assert logged(run)["test/robust/adaptive_0.01"] == pytest.approx(worst(20, EPS))
     assert "20 samples" in callback.results["test"]["title"]
+    figures = callback.card_figures()
+    trainer(callback).validate(Plain(), loader(), verbose=False)
+    assert callback.results.keys() == {"test", "val"}
+    assert callback.card_figures() == figures  # that of the test
 
 
 @pytest.mark.parametrize(
@@ -283,13 +287,14 @@ def test_resume_keeps_results_and_warnings(tmp_path: Path) -> None:
     callback = evaluation()
     run = trainer(callback, max_epochs=1)
     run.fit(Plain(), loader(), loader())
+    callback._warned.add("noise")
     run.save_checkpoint(tmp_path / "one.ckpt")
     again = evaluation()
     assert again.state_key == callback.state_key != evaluation(name="other").state_key
     trainer(again, max_epochs=2, limit_val_batches=0).fit(
         Plain(), loader(), loader(), ckpt_path=str(tmp_path / "one.ckpt"), weights_only=True
     )
-    assert again.results == callback.results
+    assert again.state_dict() == callback.state_dict()
     assert again.card_figures() == callback.card_figures()
     # Another fit is another run.
     trainer(again, max_epochs=1, limit_val_batches=0).fit(Plain(), loader(), loader())

@@ -10,11 +10,15 @@ from tests.data.interaction_files import rows_of
 from zoo.data import MultimodalInteractionsDataModule, SyntheticInteractionsDataModule, synthetic_interactions
 from zoo.data.synthetic_interactions import SyntheticInteractions
 from zoo.errors import InputError
+from zoo.interaction_graph import pair_lists
+from zoo.metrics import FullRanking
+
+OPTIONS = {"num_users": 400, "num_items": 200, "interactions_per_user": 12.0, "strength": 6.0, "cold": 0.1}
 
 
 @pytest.fixture(scope="module")
 def made() -> SyntheticInteractions:
-    return synthetic_interactions(num_users=400, num_items=200, seed=1)
+    return synthetic_interactions(**OPTIONS, seed=1)
 
 
 def test_sizes_and_splits(made):
@@ -31,12 +35,10 @@ def test_sizes_and_splits(made):
 
 
 def test_seed_alone_decides(made):
-    again = synthetic_interactions(num_users=400, num_items=200, seed=1)
+    again = synthetic_interactions(**OPTIONS, seed=1)
     assert np.array_equal(made.items, again.items)
     assert np.array_equal(made.features["text"], again.features["text"])
-    assert not np.array_equal(
-        made.items, synthetic_interactions(num_users=400, num_items=200, seed=2).items[: len(made.items)]
-    )
+    assert not np.array_equal(made.items, synthetic_interactions(**OPTIONS, seed=2).items[: len(made.items)])
 
 
 def regression(features: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -70,10 +72,44 @@ def test_taste_and_popularity_decide(made):
     assert np.bincount(flat.items, minlength=200).std() < 2 * np.bincount(flat.items).mean() ** 0.5
 
 
+def found(users: np.ndarray, items: np.ndarray, data: SyntheticInteractionsDataModule) -> float:
+    """Recall@20 on validation."""
+    seen, held_out = (
+        pair_lists(*data.interactions[split], num_rows=len(users), num_columns=len(items)) for split in ("train", "val")
+    )
+    metric = FullRanking(20)
+    metric.update(torch.from_numpy(users).float(), torch.from_numpy(items).float(), held_out, seen)
+    return float(metric.compute()["recall@20"])
+
+
+def test_oracle_is_the_log_of_the_odds_and_finds_most():
+    data = SyntheticInteractionsDataModule(num_users=300, num_items=150)
+    popularity = np.bincount(data.interactions["train"][1], minlength=150)[:, None]
+    assert data.made is not None
+    made = data.made
+    users, items = made.oracle()
+    ranks = np.exp(made.bias / -0.7)
+    assert np.allclose(np.sort(ranks), np.arange(1, 151))
+    np.testing.assert_allclose(users @ items.T, 10 * made.user_factors @ made.item_factors.T - 0.7 * np.log(ranks))
+    best = found(users, items, data)
+    assert best > 2 * found(np.ones((300, 1)), popularity, data)
+    assert best > found(made.user_factors, made.item_factors, data)  # taste alone
+    assert best > found(np.ones((300, 1)), made.bias[:, None], data)  # popularity alone, though known exactly
+
+
+def test_default_is_as_dense_as_the_sets_of_the_papers_and_has_no_cold_items():
+    data = SyntheticInteractionsDataModule()
+    train = data.interactions["train"]
+    assert 5.7 <= train.shape[1] / data.num_users <= 7.0
+    assert 9.7 <= train.shape[1] / data.num_items <= 21.4
+    assert data.made is not None
+    assert not data.made.cold.any()
+
+
 def test_written_and_read_again(made, tmp_path):
     made.write(tmp_path)
     data = MultimodalInteractionsDataModule(str(tmp_path))
-    direct = SyntheticInteractionsDataModule(num_users=400, num_items=200, data_seed=1)
+    direct = SyntheticInteractionsDataModule(**OPTIONS, data_seed=1)
     for split in ("train", "val", "test"):
         assert torch.equal(data.interactions[split], direct.interactions[split])
     for name, values in direct.features.items():
@@ -95,7 +131,7 @@ def test_missing_modalities():
     [
         ({"num_items": 7}, "num_items must be at least 8, got 7"),
         ({"cold": 0.6}, r"cold must be between 0 and 0.5, got 0.6"),
-        ({"interactions_per_user": 200}, r"interactions_per_user must be between 3 and 180.0, got 200"),
+        ({"interactions_per_user": 201}, r"interactions_per_user must be between 3 and 200.0, got 201"),
         ({"visible": 0.0, "noise": 0.0}, r"noise must be at least 1e-06, got 0.0"),
         ({"modalities": {}}, r"the number of modalities must be at least 1, got 0"),
         ({"modalities": {"a": 0}}, r"modalities\['a'\] must be at least 1, got 0"),

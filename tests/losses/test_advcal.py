@@ -90,6 +90,11 @@ def test_golden_pooling(pool: Any, row: list[float], loss: float) -> None:
 
 
 def test_golden_sharpness() -> None:
+    """c1; and c0, the embedding of the first input. Two centres each: lse is above lme by log(2) / 1000."""
+    row = [0.473083117223079, 0.515306321924152, 0.3995646935760507, -0.3551974923721854, -0.4741672235018832]
+    torch.testing.assert_close(encode(INPUTS)[0], torch.tensor(row, dtype=torch.float64), **CLOSE)
+    lse, lme = (pooled_similarities(encode(INPUTS), CENTERS, pool=pool) for pool in ("lse", "lme"))
+    torch.testing.assert_close(lse - lme, torch.full_like(lse, 0.0006931471805599054), **CLOSE)
     found = pooled_similarities(encode(INPUTS), CENTERS, pool="lse", sharpness=10.0)[0]
     expected = [0.8599538276744638, 0.1907522463707832, 0.3949549744948267]
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), **CLOSE)
@@ -114,6 +119,9 @@ def test_golden_objectives(attacked: Tensor) -> None:
     torch.testing.assert_close(torch.stack(found), torch.tensor(expected, dtype=torch.float64), **CLOSE)
     alone = calibration_consistency(output, clean, CENTERS, scale=SCALE)
     torch.testing.assert_close(alone, found[5])
+    # c3: the sum over dimensions, which is 2 - 2 cos of unit vectors; the mean over them is another loss.
+    torch.testing.assert_close((2 - 2 * F.cosine_similarity(output, clean)).mean(), l2)
+    torch.testing.assert_close(F.mse_loss(output, clean).item(), 0.007253280151049406, **CLOSE)
 
 
 @pytest.mark.parametrize(

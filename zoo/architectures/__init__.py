@@ -13,6 +13,7 @@ from zoo.architectures.encoders import Features, LogMelEncoder, text_transformer
 from zoo.architectures.mobilenetv2 import MobileNetV2
 from zoo.architectures.shufflenetv1 import ShuffleNetV1
 from zoo.architectures.shufflenetv2 import ShuffleNetV2
+from zoo.architectures.tiny_mmdit import TinyTextToImage
 from zoo.architectures.wide_resnet import WideResNet
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "MobileNetV2",
     "ShuffleNetV1",
     "ShuffleNetV2",
+    "TinyTextToImage",
     "WideResNet",
     "text_transformer",
 ]
@@ -31,8 +33,8 @@ __all__ = [
 _NARROW = (16, 16, 32, 64)
 _WIDE = (32, 64, 128, 256)
 
-# name -> builder(num_classes=…, in_chans=…) of a classifier, or builder(output_dim=…) of an encoder; a tower is called
-# "zoo/<name>".
+# name -> builder(num_classes=…, in_chans=…) of a classifier, builder(output_dim=…) of an encoder, or builder(…) of a
+# text-to-image backbone; a tower is called "zoo/<name>".
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     **{f"resnet{depth}": partial(CifarResNet, depth, _NARROW) for depth in (8, 14, 20, 32, 44, 56, 110)},
     **{f"resnet{depth}x4": partial(CifarResNet, depth, _WIDE) for depth in (8, 32)},
@@ -44,4 +46,5 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "text_transformer": text_transformer,
     "log_mel": LogMelEncoder,
     "features": Features,
+    "tiny_text_to_image": TinyTextToImage,
 }

@@ -8,6 +8,7 @@ from zoo.data.image_folder import ImageFolderDataModule
 from zoo.data.image_text import ImageTextDataModule
 from zoo.data.indexed import IndexedDataset
 from zoo.data.interactions import MultimodalInteractionsDataModule
+from zoo.data.latent_captions import LatentCaptionsDataModule
 from zoo.data.parquet_images import ParquetImagesDataModule
 from zoo.data.synthetic_interactions import synthetic_interactions
 from zoo.data.synthetic_interactions_module import SyntheticInteractionsDataModule
@@ -20,6 +21,7 @@ __all__ = [
     "ImageFolderDataModule",
     "ImageTextDataModule",
     "IndexedDataset",
+    "LatentCaptionsDataModule",
     "MultimodalInteractionsDataModule",
     "ParquetImagesDataModule",
     "SyntheticInteractionsDataModule",

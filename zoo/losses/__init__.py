@@ -16,6 +16,7 @@ from zoo.losses.cwcl import cwcl_loss, cwcl_statistics
 from zoo.losses.logits import dist_loss, dkd_loss, kd_loss
 from zoo.losses.nd import nd_loss, nd_statistics
 from zoo.losses.review_kd import review_kd_loss
+from zoo.losses.softrepa import equal_captions, softrepa_gradient, softrepa_loss
 from zoo.losses.spherical import slerp, spherical_bezier
 from zoo.losses.structure import structure_loss, structure_statistics
 
@@ -33,6 +34,7 @@ __all__ = [
     "cwcl_statistics",
     "dist_loss",
     "dkd_loss",
+    "equal_captions",
     "info_nce",
     "kd_loss",
     "nd_loss",
@@ -41,6 +43,8 @@ __all__ = [
     "review_kd_loss",
     "siglip_loss",
     "slerp",
+    "softrepa_gradient",
+    "softrepa_loss",
     "spherical_bezier",
     "structure_loss",
     "structure_statistics",
