@@ -34,6 +34,7 @@ from zoo.calibration_attacks import (
     modality_samples,
     require_modalities,
 )
+from zoo.calibration_cross_modal import ModalityView
 from zoo.calibration_evaluation import CalibrationEvaluation
 from zoo.calibration_heads import CalibrationHead
 from zoo.calibration_objective import CalibrationObjective, objective_weights
@@ -48,8 +49,8 @@ from zoo.robustness import RobustnessTrial, undisturbed_networks
 __all__ = ["AdversarialCalibration"]
 
 AttackName = Literal["auto", "ce", "dlr", "repel", "l2", "cos"]
-# Streams of random numbers: the attacks of training, those of the cache, those of evaluation.
-_TRAIN, _CACHE, _EVAL = 1, 2, 3
+# Streams of random numbers: the attacks of training, those of the cache, those of evaluation, those between modalities.
+_TRAIN, _CACHE, _EVAL, _ACROSS = 1, 2, 3, 4
 
 
 class AdversarialCalibration(FrozenEncodersModule):
@@ -71,8 +72,11 @@ class AdversarialCalibration(FrozenEncodersModule):
     validation, means over the modalities, and where there are several ``val/{modality}/…``: ``val/clean`` and
     ``val/clean_without_head``, top-1 accuracy; ``val/drift``, mean ||y(x) - z(x)||^2; ``val/adversarial/full``, right when
     clean and under every attack through head and encoder; ``val/adversarial/backbone``, the same under attacks on the bare
-    encoder; ``val/adversarial/noise``, under random signs of the same size. Choose models by ``val/adversarial/full``. The
-    same under ``test/``; and ``val/trainable_share``.
+    encoder; ``val/adversarial/noise``, under random signs of the same size. Choose models by ``val/adversarial/full``.
+    Between several modalities, of the samples that are attacked: ``val/retrieval/r1`` and ``r5``, whether a thing of the
+    same class is among the nearest of another modality; ``val/agreement/clean``, in paired batches, whether both predict the
+    same class; ``val/retrieval/attacked_r1``, ``attacked_r5`` and ``val/agreement/attacked``, the same when PGD drives the
+    embedding of the one away, behind its head. All under ``test/`` as well; and ``val/trainable_share``.
 
     Args:
         encoders: the frozen encoder of each modality, by the modality's key in a batch: tower names, or modules with
@@ -336,25 +340,38 @@ class AdversarialCalibration(FrozenEncodersModule):
         return {m: self.encode(m, x) for m, (x, _) in modality_samples(batch, self.modalities).items()}
 
     def _evaluate(self, batch: Any, batch_idx: int) -> None:
+        views: dict[str, ModalityView] = {}
         for modality, (x, labels) in modality_samples(batch, self.modalities).items():
             if labels is None:
                 raise InputError("evaluation needs labels: give batches with 'label'")
             clean = self.embed(modality, x)
             moved = self.heads[modality](clean)
+            classes = self.similarities(modality, moved).argmax(1)
             verdicts = {
-                "clean": self.similarities(modality, moved).argmax(1) == labels,
+                "clean": classes == labels,
                 "clean_without_head": self.similarities(modality, clean).argmax(1) == labels,
             }
             chosen = slice(min(len(x), self.evaluation.left(modality)))
             if chosen.stop:
                 verdicts |= self._attacked_verdicts(modality, x[chosen], labels[chosen], batch_idx)
+                if self.evaluation.across is not None:
+                    attacked = self._driven_away(modality, x[chosen], moved[chosen], batch_idx)
+                    turned = self.similarities(modality, attacked).argmax(1)
+                    views[modality] = ModalityView(moved[chosen], attacked, classes[chosen], turned, labels[chosen])
             self.evaluation.update(modality, verdicts, (moved - clean).square().sum(1))
+        self.evaluation.compare(views, paired=isinstance(batch, dict) and "label" in batch)
+
+    def _driven_away(self, modality: str, x: Tensor, clean: Tensor, batch_idx: int) -> Tensor:
+        encode, generator = partial(self.encode, modality), self._generator(_ACROSS, modality, x, batch_idx)
+        steps = self._eval_options["steps"]
+        return self.attacks[modality].driven_away(x, clean, encode=encode, steps=steps, generator=generator)
+
+    def _generator(self, stream: int, modality: str, x: Tensor, batch_idx: int) -> torch.Generator:
+        return generator_of(x.device, (self.seed, stream, self.modalities.index(modality), self.global_rank, batch_idx))
 
     def _attacked_verdicts(self, modality: str, x: Tensor, labels: Tensor, batch_idx: int) -> dict[str, Tensor]:
         attack = self.attacks[modality]
-        generator = generator_of(
-            x.device, (self.seed, _EVAL, self.modalities.index(modality), self.global_rank, batch_idx)
-        )
+        generator = self._generator(_EVAL, modality, x, batch_idx)
         with undisturbed_networks(x.device):
             # Copies, because what inference mode made has no gradient.
             x, labels = x.clone(), labels.clone()

@@ -49,6 +49,10 @@ class Backbone(Protocol):
     def process(self) -> Process:
         """How it was trained."""
 
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(c, h, w) of what is noised; only needed where nobody gives noise to begin with (`zoo.flow_sampling`)."""
+
     def latents(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Return what is noised (B, c, h, w) for images in the units of the data module (B, C, H, W)."""
 
