@@ -1,16 +1,19 @@
 """Do calibration heads make a frozen encoder robust? Three objectives, two controls, attacks that know the head or do not.
 
-    python benchmarks/advcal_table.py --out runs/advcal-table           # digits, 3 seeds: 24 runs of a minute each
-    python benchmarks/advcal_table.py --cifar10 ../shared/data --out runs/advcal-table   # and a ResNet-20 on CIFAR-10
-    python benchmarks/advcal_table.py --report --out runs/advcal-table  # Markdown, and docs/results/advcal.png
+    python benchmarks/advcal_table.py --out runs/advcal-table           # digits, 3 seeds: 24 runs of half a minute each
+    python benchmarks/advcal_table.py --data cifar10 --folder FOLDER --out runs/advcal-table-cifar10
+    python benchmarks/advcal_report.py --out runs/advcal-table          # Markdown, and docs/results/advcal.png
+
+FOLDER holds CIFAR-10 as cifar10-train.parquet and cifar10-test.parquet; its encoder, a ResNet-8, is trained first.
 
 Columns: no head; the same head trained on clean inputs (CE with noise of no size: what supervised probing gives); CE,
 L2 and NCE, each with beta 0 and 0.1, and each trained on attacks of the bare encoder ("backbone", cached) and of
 encoder and head ("full", with --adaptive), within the radius or a share of it (--train-radius). Rows: clean accuracy,
 and right when clean and under every attack of a list (PGD on CE, APGD on CE and DLR, APGD on the embedding) within half
 the radius and the radius, made through the bare encoder ("backbone") and through encoder and head ("full"). The radius
-is the one within which the bare encoder falls to near 0. The test split; the last epoch, nothing is chosen. A seed sets
-the order, the attacks and the samples that are attacked.
+is the one within which the bare encoder falls to near 0. With two modalities also retrieval across them and agreement, as
+the component logs them, within the radius. The test split; the last epoch, nothing is chosen. A seed sets the order, the
+attacks and the samples that are attacked.
 
 Each finished run is a line of ``<out>/results.jsonl``, and a rerun skips it. The expected finding, before the runs: gains
 under "backbone" vanish under "full".
@@ -20,39 +23,33 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from scipy import stats
+from advcal_report import ATTACKS, key_of
 from torch import Tensor, nn
 from zoo.lightning_modules.advcal import AdversarialCalibration
 
 import zoo
 from zoo.attack_plan import AttackPlan, eps_label
+from zoo.calibration_attacks import generator_of
+from zoo.calibration_cross_modal import CrossModalMetric, ModalityView
 from zoo.cli import main as zoo_command
 from zoo.robustness import RobustnessTrial, undisturbed_networks
 
-ATTACKS = ("pgd-ce", "apgd-ce", "apgd-dlr", "apgd-l2")
 TOWERS = ("nd-digits", "cwcl-digits", "cwcl-digits-profile")
-FIGURE = Path("docs/results/advcal.png")
-COLOURS = {
-    "none": "#000000",
-    "clean-trained": "#999999",
-    "ce": "#d55e00",
-    "l2": "#0072b2",
-    "nce": "#009e73",
-}  # Okabe and Ito
-# The radii at which the bare encoders fall from 97 % and more to near 0, shares of the valid range.
-RADII = {"image": 0.25, "profile": 0.05, "cifar10": 4 / 255}
-
-Key = tuple[str, str, str, float, int]
+# Shares of the valid range: the radii at which the bare encoders of the digits fall to near 0; that of CIFAR-10 is a guess.
+RADII = {"image": 0.25, "profile": 0.05, "cifar10": 12 / 255}
+ENCODER, ENCODER_EPOCHS, ENCODER_SAMPLES = "./runs/advcal-cifar10-resnet8", 5, 20_000
+# Small, for a CPU: images of half their side, and the first of the test images.
+CIFAR10_SIDE, CIFAR10_TEST = 16, 2_000
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # those of the recipe
 
 
 @dataclass(frozen=True)
@@ -74,34 +71,60 @@ class Setting:
         return list(self.arguments["encoders"])
 
 
-def digits(seed: int, train_radius: float) -> Setting:
+def digits(seed: int, train_radius: float, train_steps: int, modalities: list[str]) -> Setting:
     recipe = zoo.registry.recipe_path("advcal-digits")
     import yaml
 
     given = yaml.safe_load(recipe.read_text())["model"]["init_args"]
     for name in ("eps", "step_size"):
         share = train_radius / (4 if name == "step_size" else 1)
-        given[name] = {key: share * RADII[key] for key in given["encoders"]}
+        given[name] = {key: share * RADII[key] for key in modalities}
+    for name in ("encoders", "templates", "valid_range"):
+        given[name] = {key: given[name][key] for key in modalities}
+    given["steps"] = train_steps
     return Setting("digits", zoo.DigitsModalitiesDataModule(batch_size=64, seed=seed), given)
 
 
-def cifar10(folder: Path, seed: int, train_radius: float) -> Setting:
-    """A ResNet-20 that `nd-cifar10-resnet56-resnet20` trained, with its class means as centres."""
+def cifar10(folder: Path, seed: int, train_radius: float, train_steps: int, train_samples: int) -> Setting:
+    """A ResNet-8 on CIFAR-10 with its class means as centres; the heads train on the first images of the file."""
     data = zoo.ParquetImagesDataModule(
-        train=str(folder / "cifar10-train.parquet"), test=str(folder / "cifar10-test.parquet"), batch_size=256, seed=seed,
-        train_samples=5000,
+        train=first_images(folder, "train", train_samples), test=first_images(folder, "test", CIFAR10_TEST),
+        cache="decoded", image_size=CIFAR10_SIDE, val_share=0.0, batch_size=64, seed=seed, mean=CIFAR10_MEAN,
+        std=CIFAR10_STD,
     )  # fmt: skip
-    place = "./runs/nd-cifar10-resnet56-resnet20"
-    mean, std = data.mean, data.std
-    bounds = tuple([(edge - m) / s for m, s in zip(mean, std, strict=True)] for edge in (0.0, 1.0))
+    bounds = tuple([(edge - m) / s for m, s in zip(CIFAR10_MEAN, CIFAR10_STD, strict=True)] for edge in (0.0, 1.0))
     radius = train_radius * RADII["cifar10"]
     return Setting(
         "cifar10", data,
         {
-            "encoders": {"image": place}, "centers": class_means(place, data), "valid_range": {"image": bounds},
-            "eps": radius, "step_size": radius / 4,
+            "encoders": {"image": ENCODER}, "centers": class_means(ENCODER, data), "valid_range": {"image": bounds},
+            "eps": radius, "step_size": radius / 4, "steps": train_steps,
         },
     )  # fmt: skip
+
+
+def first_images(folder: Path, split: str, count: int) -> str:
+    """A file with the first images of a split, whose order is random."""
+    import pyarrow.parquet
+
+    part = Path("runs") / f"cifar10-{split}-{count}.parquet"
+    if not part.exists():
+        whole = pyarrow.parquet.read_table(folder / f"cifar10-{split}.parquet")
+        pyarrow.parquet.write_table(whole.slice(0, count), part)
+    return str(part)
+
+
+def train_encoder(folder: Path) -> bool:
+    """Train the encoder of CIFAR-10; its card has the accuracy."""
+    changes = {
+        "model.student": "zoo/resnet8", "trainer.max_epochs": ENCODER_EPOCHS, "trainer.default_root_dir": ENCODER,
+        "data.train": first_images(folder, "train", ENCODER_SAMPLES),
+        "data.test": first_images(folder, "test", CIFAR10_TEST), "data.image_size": CIFAR10_SIDE,
+        "data.train_transform": '{"crop_padding": 2, "hflip": 0.5}', "data.batch_size": 128, "optimizer.init_args.lr": 0.1,
+        "lr_scheduler.init_args.milestones": [ENCODER_EPOCHS // 2, ENCODER_EPOCHS - 1],
+    }  # fmt: skip
+    given = [str(word) for name, value in changes.items() for word in (f"--{name}", value)]
+    return zoo_command(["fit", "--config", "nd-cifar10-resnet56", *given]) == 0
 
 
 @torch.no_grad()
@@ -115,11 +138,11 @@ def class_means(place: str, data: Any) -> list[list[float]]:
     return nn.functional.normalize(sums, dim=1).tolist()  # type: ignore[no-any-return]
 
 
-def arms(*, adaptive: bool) -> list[tuple[str, str, float]]:
+def arms(*, adaptive: bool, objectives: list[str], betas: list[float]) -> list[tuple[str, str, float]]:
     """Column, what the attacks of training go through, and beta."""
     targets = ("backbone", "full") if adaptive else ("backbone",)
-    heads = [(name, target, beta) for target in targets for name in ("ce", "l2", "nce") for beta in (0.0, 0.1)]
-    return [("none", "-", 0.0), ("clean-trained", "-", 0.0), *heads]
+    heads = [(name, target, beta) for target in targets for name in objectives for beta in betas]
+    return [*heads, ("clean-trained", "-", 0.0), ("none", "-", 0.0)]
 
 
 def build(setting: Setting, arm: tuple[str, str, float], seed: int) -> AdversarialCalibration:
@@ -148,6 +171,9 @@ def run(setting: Setting, arm: tuple[str, str, float], seed: int, options: Any) 
     trainer.fit(model, setting.data)
     seconds = time.process_time() - start
     metrics = {name: judge(model, setting, name, seed, options) for name in setting.modalities}
+    if len(setting.modalities) > 1:
+        for name, values in across(model, setting, seed, options).items():
+            metrics[name] |= values
     return {
         "data": setting.name, "column": column, "target": target, "beta": beta, "seed": seed, "radii": dict(RADII),
         "seconds": round(seconds, 1), "share": model.trainable_share, "train_radius": options.train_radius,
@@ -183,6 +209,24 @@ def judge(model: AdversarialCalibration, setting: Setting, modality: str, seed: 
     }  # fmt: skip
 
 
+def across(model: AdversarialCalibration, setting: Setting, seed: int, options: Any) -> dict[str, dict[str, float]]:
+    """Return retrieval and agreement by the modality that is attacked within the radius, on the samples of `judge`."""
+    metric, views = CrossModalMetric(setting.modalities), {}
+    for place, name in enumerate(setting.modalities):
+        x, labels = (value.to(model.device) for value in chosen(setting, name, seed, options.samples))
+        attack = replace(model.attacks[name], eps=RADII[name])
+        with torch.no_grad():
+            clean = model.encode(name, x)
+        attacked = attack.driven_away(
+            x, clean, encode=partial(model.encode, name), steps=options.steps,
+            generator=generator_of(x.device, (seed, place)),
+        )  # fmt: skip
+        classes, turned = (model.similarities(name, rows).argmax(1) for rows in (clean, attacked))
+        views[name] = ModalityView(clean, attacked, classes, turned, labels)
+    metric.update(views, paired=True)
+    return {name: {key: value.item() for key, value in values.items()} for name, values in metric.compute().items()}
+
+
 def chosen(setting: Setting, modality: str, seed: int, samples: int) -> tuple[Tensor, Tensor]:
     """Test samples, drawn by the seed."""
     setting.data.setup()
@@ -191,100 +235,6 @@ def chosen(setting: Setting, modality: str, seed: int, samples: int) -> tuple[Te
     rows = torch.randperm(len(split), generator=generator)[:samples].tolist()
     batch = split.__getitems__(rows)
     return (batch[modality], batch["label"]) if isinstance(batch, dict) else (batch[0], batch[1])
-
-
-# -- report --------------------------------------------------------------------------------------------------------
-
-ROWS = ("clean", "backbone/half", "backbone/whole", "full/half", "full/whole", "noise", "drift")
-
-
-def key_of(row: dict[str, Any]) -> Key:
-    return row["data"], row["column"], row["target"], row["beta"], row["seed"]
-
-
-def column_name(column: str, target: str, beta: float) -> str:
-    return column if target == "-" else f"{column}, β={beta:g}{'' if target == 'backbone' else ', full'}"
-
-
-def cell(values: list[float], row: str) -> str:
-    """Mean ± standard deviation: per cent, and the drift as it is."""
-    scale, digits_ = (1, 4) if row == "drift" else (100, 1)
-    spread = f" ± {scale * statistics.stdev(values):.{digits_}f}" if len(values) > 1 else ""
-    return f"{scale * statistics.mean(values):.{digits_}f}{spread}"
-
-
-def difference(ours: dict[int, float], control: dict[int, float]) -> str:
-    """Mean difference paired by seed, in points, with its 95 % interval."""
-    paired = [100 * (ours[seed] - control[seed]) for seed in sorted(ours.keys() & control.keys())]
-    if len(paired) < 2:
-        return "-"
-    mean = statistics.mean(paired)
-    half = stats.t.ppf(0.975, len(paired) - 1) * statistics.stdev(paired) / len(paired) ** 0.5
-    return f"{mean:+.1f} ({mean - half:+.1f} … {mean + half:+.1f})"
-
-
-def report(rows: list[dict[str, Any]]) -> None:
-    """Print a table for each data set and modality, and draw accuracy under both kinds of attack."""
-    by = {key_of(row): row for row in rows}
-    panels = []
-    for data in sorted({row["data"] for row in rows}):
-        ours = [row for row in rows if row["data"] == data]
-        columns = sorted(
-            {key_of(row)[1:4] for row in ours}, key=lambda c: (c[1] == "full", list(COLOURS).index(c[0]), c[2])
-        )
-        for modality in ours[0]["metrics"]:
-            found = {
-                c: {
-                    row: {k[4]: v["metrics"][modality][row] for k, v in by.items() if k[:4] == (data, *c)}
-                    for row in ROWS
-                }
-                for c in columns
-            }
-            panels.append((f"{data}, {modality}", found))
-            radius = ours[0]["radii"][modality if data == "digits" else data]
-            seeds = len({row["seed"] for row in ours})
-            print(
-                f"\n{data}, {modality}: radius {radius:.4g} of the valid range, {ours[0]['samples']} test samples, {seeds} "
-                f"seeds, {ours[0]['steps']} steps of {', '.join(ATTACKS)}; heads {100 * ours[0]['share']:.1f} % of the "
-                f"parameters\n\n| | {' | '.join(column_name(*c) for c in columns)} |\n|---|{'---|' * len(columns)}"
-            )
-            for row in ROWS:
-                print(f"| {row} | {' | '.join(cell(list(found[c][row].values()), row) for c in columns)} |")
-            if ("none", "-", 0.0) in found:
-                for row in ("backbone/whole", "full/whole"):
-                    ends = [difference(found[c][row], found["none", "-", 0.0][row]) for c in columns]
-                    print(f"| {row}, less none | {' | '.join(ends)} |")
-    draw(panels)
-
-
-def draw(panels: list[tuple[str, dict[Any, Any]]]) -> None:
-    """Draw, for each data set and modality, accuracy over the radius under both kinds of attack."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.0, 3.0 * len(panels)), layout="constrained")
-    FigureCanvasAgg(figure)
-    for place, (title, found) in enumerate(panels):
-        for side, kind in enumerate(("backbone", "full")):
-            axes = figure.add_subplot(len(panels), 2, 2 * place + side + 1)
-            for column, values in found.items():
-                if column[2] == 0.1 or column[1] == "-":
-                    series = [list(values[row].values()) for row in ("clean", f"{kind}/half", f"{kind}/whole")]
-                    axes.errorbar(
-                        [0, 0.5, 1], [100 * statistics.mean(v) for v in series],
-                        [100 * statistics.stdev(v) if len(v) > 1 else 0.0 for v in series],
-                        color=COLOURS[column[0]], linestyle=":" if column[1] == "full" else "-", marker="o", markersize=3,
-                        capsize=2, label=column_name(*column),
-                    )  # fmt: skip
-            axes.set_ylim(-3, 103)
-            axes.set_xlabel("radius, as a share of the largest")
-            axes.set_ylabel("accuracy (%)")
-            axes.set_title(f"{title}: {kind}", fontsize=10)
-            axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
-    FIGURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(FIGURE, dpi=120, facecolor="white", metadata={"Software": None})
-    print(f"\n{FIGURE}")
 
 
 def main() -> None:
@@ -298,38 +248,51 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50, help="of each attack of the evaluation")
     parser.add_argument("--samples", type=int, default=359, help="test samples that are attacked, at most")
     parser.add_argument("--adaptive", action="store_true", help="also train on attacks through the head")
-    parser.add_argument("--cifar10", type=Path, help="folder with cifar10-train.parquet and cifar10-test.parquet")
+    parser.add_argument("--train-steps", type=int, default=10, help="of each attack in training")
+    parser.add_argument("--modalities", nargs="+", choices=("image", "profile"), default=["image", "profile"])
+    parser.add_argument("--objectives", nargs="*", choices=("ce", "l2", "nce"), default=["ce", "l2", "nce"])
+    parser.add_argument("--betas", type=float, nargs="+", default=[0.0, 0.1])
+    parser.add_argument("--data", choices=("digits", "cifar10"), default="digits")
+    parser.add_argument("--folder", type=Path, help="with cifar10-train.parquet and cifar10-test.parquet")
+    parser.add_argument("--train-samples", type=int, default=2000, help="of CIFAR-10, that the heads train on")
     parser.add_argument("--accelerator", default="cpu", choices=("cpu", "gpu"))
     parser.add_argument("--limit", type=int, default=None, help="stop after so many new runs")
-    parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
+    if options.data == "cifar10" and options.folder is None:
+        parser.error("--data cifar10 needs --folder")
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     options.out.mkdir(parents=True, exist_ok=True)
     results = options.out / "results.jsonl"
     rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    if options.report:
-        report(rows)
-        return
-    towers = [*TOWERS, *(["nd-cifar10-resnet56-resnet20"] if options.cifar10 else [])]
-    for tower in towers:
-        if not Path("runs", tower, "config.json").exists() and zoo_command(["fit", "--config", tower]) != 0:
-            raise SystemExit(f"the encoder {tower} could not be trained")
+    prepare(options)
     done = {key_of(row) for row in rows}
-    share = {"train_radius": options.train_radius}
-    makers = [partial(digits, **share), *([partial(cifar10, options.cifar10, **share)] if options.cifar10 else [])]
-    names = ["digits", "cifar10"]
-    wanted = [
-        (make, (name, *arm, seed))
-        for seed in range(options.seeds)
-        for name, make in zip(names, makers, strict=False)
-        for arm in arms(adaptive=options.adaptive)
-    ]
-    for make, key in [each for each in wanted if each[1] not in done][: options.limit]:
-        row = run(make(key[4]), key[1:4], key[4], options)
+    make = partial(
+        digits, train_radius=options.train_radius, train_steps=options.train_steps, modalities=options.modalities
+    )
+    if options.data == "cifar10":
+        make = partial(
+            cifar10, options.folder, train_radius=options.train_radius, train_steps=options.train_steps,
+            train_samples=options.train_samples,
+        )  # fmt: skip
+    columns = arms(adaptive=options.adaptive, objectives=options.objectives, betas=options.betas)
+    wanted = [(options.data, *arm, seed) for arm in columns for seed in range(options.seeds)]
+    for key in [each for each in wanted if each not in done][: options.limit]:
+        row = run(make(seed=key[4]), key[1:4], key[4], options)
         print(json.dumps({name: value for name, value in row.items() if name != "radii"}), flush=True)
         with results.open("a") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """Train the encoders that are missing."""
+    if options.data == "cifar10":
+        if not Path(ENCODER, "config.json").exists() and not train_encoder(options.folder):
+            raise SystemExit("the encoder of CIFAR-10 could not be trained")
+        return
+    for tower in TOWERS:
+        if not Path("runs", tower, "config.json").exists() and zoo_command(["fit", "--config", tower]) != 0:
+            raise SystemExit(f"the encoder {tower} could not be trained")
 
 
 if __name__ == "__main__":

@@ -157,14 +157,14 @@ def test_what_is_not_there_is_left_out() -> None:
     assert list(found["a"]) == ["retrieval/r1", "retrieval/r5", "retrieval/attacked_r1", "retrieval/attacked_r5"]
 
 
-def shared(rank: int, world: int) -> dict[str, dict[str, float]]:
+def shared(rank: int, world: int) -> dict[str, Any]:
     """The first process has eight of the ten samples, the second two and no modality c of its own in one batch."""
     metric = CrossModalMetric(["a", "b", "c"])
     metric.update(views(slice(0, 8) if rank == 0 else slice(8, 10)), paired=True)
     first = computed(metric)
     metric.reset()
     metric.update(views(slice(None)) if rank == 0 else {}, paired=True)
-    return {"first": first, "second": computed(metric)}  # type: ignore[dict-item]
+    return {"first": first, "second": computed(metric)}
 
 
 def test_two_processes_equal_one(two_processes: Callable[..., list[Any]]) -> None:
@@ -193,8 +193,9 @@ def away_by_hand(through: Callable[[Tensor], Tensor], place: int, eps: float, st
 def test_identity_evaluation() -> None:
     """Inference mode, a head that turns embeddings round beside one that leaves them, against loops."""
     model = toy(modalities=("image", "audio"), eps=0.4, eval_steps=12, eval_samples=6)
+    turned: Any = model.heads["audio"]
     with torch.no_grad():
-        model.heads["audio"].weight.neg_()  # type: ignore[union-attr, operator]
+        turned.weight.neg_()
     rows = [{"image": x, "audio": x, "label": label} for x, label in zip(INPUTS, LABELS, strict=True)]
     data: Any = DataLoader(rows, batch_size=6)  # type: ignore[arg-type]
     (found,) = quiet().validate(model, data, verbose=False)

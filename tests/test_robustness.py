@@ -138,7 +138,8 @@ def test_noise_moves_each_entry_by_the_radius_and_mends_nothing() -> None:
 
     def network(x: Tensor) -> Tensor:
         seen.append(x.detach())
-        return Linear(0)(x)
+        logits: Tensor = Linear(0)(x)
+        return logits
 
     x, labels = samples()
     # 0.3 is far enough to turn samples that are wrong.

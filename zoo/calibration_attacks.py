@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from zoo.attacks import attack_loss, pgd
 from zoo.data.draws import random_words
 from zoo.errors import InputError, nearest
 from zoo.losses.contracts import working_dtype
+from zoo.robustness import undisturbed_networks
 
 __all__ = [
     "Network",
@@ -175,3 +176,24 @@ class TrainingAttack:
             micro_batch=self.micro_batch,
         )  # fmt: skip
         return attacked
+
+    def driven_away(
+        self, x: Tensor, clean: Tensor, *, encode: Network, steps: int, generator: torch.Generator
+    ) -> Tensor:
+        """Return the unit embeddings (B, D) of inputs that are moved away from the clean ones, also in inference mode.
+
+        Args:
+            x: clean inputs (B, …).
+            clean: their unit embeddings (B, D).
+            encode: inputs -> unit embeddings.
+            steps: how many, each a quarter of the radius or as long as it takes to cross the ball.
+            generator: draws the starts, on the device of ``x``.
+        """
+        length = max(0.25, 2.5 / steps) * self.eps
+        attack = replace(self, loss="l2", steps=steps, step_size=length)
+        with undisturbed_networks(x.device):
+            # Copies, because what inference mode made has no gradient.
+            attacked = attack.run(
+                x.clone(), None, embed=encode, classify=encode, clean=clean.clone(), generator=generator
+            )
+            return encode(attacked).detach()

@@ -42,9 +42,12 @@ def test_modes_under_attack_and_afterwards() -> None:
 
 def test_checks_are_made_on_the_first_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     judged: list[dict[str, int]] = []
-    monkeypatch.setattr(
-        "zoo.callbacks.robustness_evaluation.find_flaws", lambda _shares, counts, _radii: judged.append(counts) or []
-    )
+
+    def watched(_shares: object, counts: dict[str, int], _radii: object) -> list[object]:
+        judged.append(counts)
+        return []
+
+    monkeypatch.setattr("zoo.callbacks.robustness_evaluation.find_flaws", watched)
     trainer(evaluation(check_samples=20)).validate(Plain(), loader(), verbose=False)
     assert [(counts["check_same"], counts["check_steps"], counts["clean"]) for counts in judged] == [(20, 20, 40)]
 
