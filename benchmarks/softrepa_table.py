@@ -217,6 +217,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/softrepa-table"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--only", type=int, default=None, help="this seed alone, to run seeds side by side")
     parser.add_argument("--limit", type=int, default=None, help="stop after so many new runs")
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
@@ -231,7 +232,8 @@ def main() -> None:
     if not Path(JUDGE, "config.json").exists() and zoo_command(["fit", "--config", "nd-digits-teacher"]) != 0:
         raise SystemExit("the classifier could not be trained")
     done = {(row["seed"], row["arm"]) for row in rows}
-    wanted = [(seed, arm) for seed in range(options.seeds) for arm in ARMS if (seed, arm) not in done]
+    seeds = range(options.seeds) if options.only is None else [options.only]
+    wanted = [(seed, arm) for seed in seeds for arm in ARMS if (seed, arm) not in done]
     for seed, arm in wanted[: options.limit]:
         row = run(seed, arm, options)
         print(json.dumps(row), flush=True)

@@ -15,7 +15,6 @@ import math
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from zoo import towers
@@ -24,16 +23,14 @@ from zoo.denoisers import denoising_errors
 from zoo.errors import InputError
 from zoo.flow_sampling import sample
 from zoo.generation_evaluation import sample_prompts
-from zoo.module import ZooModule
-from zoo.pixel_units import find_normalisation
-from zoo.prompted_samples import PromptedSamples
+from zoo.generation_module import GenerationModule
 
 __all__ = ["FlowMatching"]
 
 _TIMES = (100.0, 300.0, 500.0, 700.0, 900.0)  # of the validation loss
 
 
-class FlowMatching(ZooModule):
+class FlowMatching(GenerationModule):
     """Train a text-to-image backbone with rectified flow.
 
     A batch is a dict: "image" (B, C, H, W), in the units in which images are to come out, "text" (B, L), tokens of the
@@ -99,7 +96,7 @@ class FlowMatching(ZooModule):
         warmup_steps: int = 100,
         decay: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(classifier=classifier, classifier_options=classifier_options, limit=eval_samples)
         _check(
             time_std=time_std, caption_dropout=caption_dropout, caption_noise=caption_noise, steps=steps,
             guidance=guidance, eval_samples=eval_samples, lr=lr, weight_decay=weight_decay, warmup_steps=warmup_steps,
@@ -115,15 +112,6 @@ class FlowMatching(ZooModule):
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
         self.decay = decay
-        self.samples: PromptedSamples | None = None
-        self.evaluation: nn.Module | None = None
-        if classifier is not None:
-            options = towers.tower_options("classifier_options", classifier_options)
-            with isolate_rng(include_cuda=False):  # a tower that comes from the disk draws no random numbers either
-                tower = towers.create(classifier, frozen=True, **options)
-            self.attach_frozen("classifier", tower)
-            self.samples = PromptedSamples(tower, eval_samples)
-            self.evaluation = self.samples.evaluation  # so that it moves with the module
 
     # -- samples ---------------------------------------------------------------------------------------------------
 
@@ -161,9 +149,10 @@ class FlowMatching(ZooModule):
 
     def forward(self, text: Tensor) -> Tensor:
         """Return one image (C, H, W) for each row of tokens (B, L), from noise that is always the same."""
-        return self._sample_fixed(text)
+        return self.draw_samples(text)
 
-    def _sample_fixed(self, text: Tensor, seed: int = 0) -> Tensor:
+    def draw_samples(self, text: Tensor | list[str], *, seed: int = 0) -> Tensor:
+        """Return an image (B, C, H, W) of each text, from noise that depends on the seed alone."""
         return sample_prompts(self.backbone, text, steps=self.steps, guidance=self.guidance, seed=seed)
 
     def example_input(self, generator: torch.Generator) -> Tensor | None:
@@ -175,7 +164,7 @@ class FlowMatching(ZooModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return an image for each caption of a batch."""
-        return self._sample_fixed(batch["text"], seed=batch_idx)
+        return self.draw_samples(batch["text"], seed=batch_idx)
 
     # -- fit -------------------------------------------------------------------------------------------------------
 
@@ -240,37 +229,11 @@ class FlowMatching(ZooModule):
 
     # -- evaluation ------------------------------------------------------------------------------------------------
 
-    def on_validation_epoch_start(self) -> None:
-        """Forget the evaluation before."""
-        if self.samples is not None:
-            self.samples.reset()
-
-    def on_test_epoch_start(self) -> None:
-        """Forget the evaluation before."""
-        self.on_validation_epoch_start()
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Log the loss, and remember what is asked for."""
-        self._evaluate(batch, batch_idx, "val")
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Log the loss, and remember what is asked for."""
-        self._evaluate(batch, batch_idx, "test")
-
-    def on_validation_epoch_end(self) -> None:
-        """Sample, and log what the samples are worth."""
-        self._judge("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Sample, and log what the samples are worth."""
-        self._judge("test")
-
-    def _evaluate(self, batch: Any, batch_idx: int, split: str) -> None:
+    def evaluate(self, batch: Any, batch_idx: int, split: str) -> None:
+        """Log the loss at fixed times with fixed noise."""
         images, text = _parts(batch)
         loss = self._fixed_error(images, text, seed=batch_idx)
         self.log(f"{split}/loss", loss, sync_dist=True, batch_size=len(images))
-        if self.samples is not None and not self.trainer.sanity_checking:
-            self.samples.take(batch)
 
     def _fixed_error(self, images: Tensor, text: Tensor, *, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -280,22 +243,6 @@ class FlowMatching(ZooModule):
         denoiser, process = self.backbone.denoiser, self.backbone.process
         errors = [denoising_errors(process, denoiser, clean, noise, time, condition).mean() for time in _TIMES]
         return torch.stack(errors).mean()
-
-    def _judge(self, split: str) -> None:
-        if self.samples is not None:
-            # These are over all processes already; so is their mean.
-            found = self.samples.judge(lambda text: self._sample_fixed(text, seed=self.global_rank))
-            self.log_dict({f"{split}/{name}": value for name, value in found.items()}, sync_dist=True)
-
-    def card_figures(self) -> dict[str, bytes]:
-        """Return what the model card shows: ``"samples"`` of the last evaluation, with the class that was asked for."""
-        if self.samples is None:
-            return {}
-        found = find_normalisation(self.trainer, self)
-        units = {} if found is None else {"mean": found[0].mean, "std": found[0].std}
-        names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
-        figure = self.samples.figure(names=names, **units)
-        return {} if figure is None else {"samples": figure}
 
 
 def _backbone(name: str | dict[str, Any] | nn.Module, options: dict[str, Any] | None) -> nn.Module:

@@ -23,17 +23,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from zoo import towers
 from zoo.backbones import frozen_backbone
 from zoo.captioned_batch import CaptionedBatch, MaskEqual, error_statistics, own_errors, read_captioned
 from zoo.denoisers import denoising_errors
 from zoo.error_matrix import Contrast, Pairs, contrast
 from zoo.errors import InputError, nearest
 from zoo.generation_evaluation import sample_prompts
+from zoo.generation_module import GenerationModule
 from zoo.losses.ranks import rank_and_size
-from zoo.module import ZooModule
-from zoo.pixel_units import find_normalisation
-from zoo.prompted_samples import PromptedSamples
 from zoo.soft_tokens import Attachment, SoftTokens, attach
 from zoo.token_places import network_of, text_blocks, token_places, token_width
 
@@ -46,7 +43,7 @@ _CHOICES = {
 }  # fmt: skip
 
 
-class SoftREPA(ZooModule):
+class SoftREPA(GenerationModule):
     """Train soft text tokens for a frozen text-to-image model.
 
     A batch is a dict with "image" (B, C, H, W), in the units of the backbone's training, and "text", tokens (B, L) or B
@@ -153,7 +150,7 @@ class SoftREPA(ZooModule):
         schedule: Literal["cosine_restarts", "constant"] = "cosine_restarts",
         restart_steps: int = 5000,
     ) -> None:
-        super().__init__()
+        super().__init__(classifier=classifier, classifier_options=classifier_options, limit=val_samples)
         _check_choices(objective=objective, pairs=pairs, start=start, mask_equal=mask_equal, schedule=schedule)
         self.objective = objective
         self.mask_equal = mask_equal
@@ -168,7 +165,7 @@ class SoftREPA(ZooModule):
         self.weight_decay = weight_decay
         self.schedule = schedule
         self.restart_steps = int(_positive("restart_steps", restart_steps))
-        self.places = None if blocks is None else list(blocks)
+        self.places: Sequence[int | str] | None = None if blocks is None else list(blocks)
         if backbone is not None:
             self.attach_frozen("backbone", frozen_backbone(backbone, backbone_options))
             width, layers = self._fit_backbone(shared, width, layers)
@@ -180,13 +177,6 @@ class SoftREPA(ZooModule):
         self.bank = SoftTokens(layers, tokens, width, buckets, init_std=init_std)
         if start == "bos" and backbone is not None:
             self.bank.start_at(self._backbone.condition([""])["encoder_hidden_states"][0, 0])
-        self.samples: PromptedSamples | None = None
-        self.evaluation: nn.Module | None = None
-        if classifier is not None:
-            options = towers.tower_options("classifier_options", classifier_options)
-            self.attach_frozen("classifier", towers.create(classifier, frozen=True, **options))
-            self.samples = PromptedSamples(self.frozen_towers["classifier"], val_samples)
-            self.evaluation = self.samples.evaluation
         self._attachment: Attachment | None = None
 
     @property
@@ -273,11 +263,17 @@ class SoftREPA(ZooModule):
         check = getattr(getattr(self._trainer, "datamodule", None), "check_backbone", None)
         if check is not None:
             check(self._backbone)
-        if self._attachment is None:
-            self._attachment = self.attach(self._backbone.denoiser)
+        self._put_on()
 
     def teardown(self, stage: str) -> None:
         """Take the tokens off the backbone."""
+        self._take_off()
+
+    def _put_on(self) -> None:
+        if self._attachment is None:
+            self._attachment = self.attach(self._backbone.denoiser)
+
+    def _take_off(self) -> None:
         if self._attachment is not None:
             self._attachment.detach()
             self._attachment = None
@@ -349,34 +345,9 @@ class SoftREPA(ZooModule):
 
     # -- evaluation ------------------------------------------------------------------------------------------------
 
-    def on_validation_epoch_start(self) -> None:
-        """Forget the evaluation before."""
-        if self.samples is not None:
-            self.samples.reset()
-
-    def on_test_epoch_start(self) -> None:
-        """Forget the evaluation before."""
-        self.on_validation_epoch_start()
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Log the loss and the errors at fixed times."""
-        self._evaluate(batch, batch_idx, "val")
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Log the loss and the errors at fixed times."""
-        self._evaluate(batch, batch_idx, "test")
-
-    def on_validation_epoch_end(self) -> None:
-        """Sample, and log what the samples are worth."""
-        if not self.trainer.sanity_checking:
-            self._judge("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Sample, and log what the samples are worth."""
-        self._judge("test")
-
     @torch.no_grad()
-    def _evaluate(self, batch: Any, batch_idx: int, split: str) -> None:
+    def evaluate(self, batch: Any, batch_idx: int, split: str) -> None:
+        """Log the loss and the errors at fixed times, with one fixed noise."""
         generator = torch.Generator().manual_seed(batch_idx)
         given = self._read(batch, generator)
         noise = torch.randn(given.clean[:1].shape, generator=generator).to(given.clean.device)
@@ -387,35 +358,24 @@ class SoftREPA(ZooModule):
             statistics[f"positive_error/t{time}"] = statistics["positive_error"]
             for name, value in {"loss": result.loss, **statistics}.items():
                 found.setdefault(name, []).append(value)
-        logged = {f"{split}/{name}": torch.stack(values).mean() for name, values in found.items()}
-        self.log_dict(logged, sync_dist=True, batch_size=len(given.clean))
-        if self.samples is not None:
-            self.samples.take(batch)
-
-    def _judge(self, split: str) -> None:
+        logged = {name: torch.stack(values).mean() for name, values in found.items()}
         if self.bank.offset is not None:
-            self.log(f"{split}/offset_norm", self.bank.offset.detach().norm(dim=-1).mean(), sync_dist=True)
-        if self.samples is None:
-            return
+            logged["offset_norm"] = self.bank.offset.norm(dim=-1).mean()
+        self.log_dict(
+            {f"{split}/{name}": value for name, value in logged.items()}, sync_dist=True, batch_size=len(given.clean)
+        )
 
-        def base(text: Any) -> Tensor:
-            self.teardown(split)
-            try:
-                return sample_prompts(self._backbone, text, seed=self.global_rank, **self.sample_options)
-            finally:
-                self.setup(split)
+    def draw_samples(self, text: Tensor | list[str], *, seed: int) -> Tensor:
+        """Return an image (B, C, H, W) of each text with the tokens."""
+        return self.sample(text, seed=seed)
 
-        found = self.samples.judge(lambda text: self.sample(text, seed=self.global_rank), **{"without tokens": base})
-        # What is logged is over all processes already.
-        self.log_dict({f"{split}/{name}": value for name, value in found.items()}, rank_zero_only=False)
-
-    def card_figures(self) -> dict[str, bytes]:
-        """Return what the model card shows: ``"samples"`` of the last evaluation, with and without the tokens."""
-        units = find_normalisation(self.trainer, self) if self.samples is not None else None
-        options = {} if units is None else {"mean": units[0].mean, "std": units[0].std}
-        names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
-        figure = None if self.samples is None else self.samples.figure(names=names, **options)
-        return {} if figure is None else {"samples": figure}
+    def draw_also(self, text: Tensor | list[str], *, seed: int) -> dict[str, Tensor]:
+        """Return the images without the tokens."""
+        self._take_off()
+        try:
+            return {"without tokens": sample_prompts(self._backbone, text, seed=seed, **self.sample_options)}
+        finally:
+            self._put_on()
 
 
 def _timesteps(times: Sequence[int]) -> list[int]:

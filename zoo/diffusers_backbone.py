@@ -83,7 +83,7 @@ class DiffusersBackbone(nn.Module):
             mode: ignored.
         """
         del mode
-        return cast("DiffusersBackbone", super().train(False))
+        return super().train(False)
 
     @property
     def revision(self) -> str:

@@ -62,12 +62,14 @@ class PromptedSamples:
         if room > 0:
             self._prompts.append((batch["text"][:room], batch["label"][:room]))
 
-    def judge(self, draw: Callable[[Any], Tensor], **also: Callable[[Any], Tensor]) -> dict[str, Tensor]:
+    def judge(
+        self, draw: Callable[[Any], Tensor], also: Callable[[Any], Mapping[str, Tensor]] = lambda _: {}
+    ) -> dict[str, Tensor]:
         """Sample, and return what the samples are worth, over all processes.
 
         Args:
             draw: texts -> images (B, C, H, W).
-            **also: further ways to draw the first texts, for the figure, by what it calls them.
+            also: the first texts -> further images of them for the figure, by what it calls them.
 
         Returns:
             See `GenerationEvaluation.compute`; empty if no text was taken.
@@ -80,7 +82,7 @@ class PromptedSamples:
         images = draw(text)
         seen = self.evaluation.update(images, labels)
         first = slice(0, _DRAWN)
-        drawn = {"": images[first], **{name: other(text[first]) for name, other in also.items()}}
+        drawn = {"": images[first], **also(text[first])}
         self._drawn = {"asked": labels[first].tolist(), "seen": seen[first].tolist(), "images": drawn}
         return self.evaluation.compute()
 

@@ -182,9 +182,9 @@ def test_nothing_is_sampled_where_nobody_judges() -> None:
 def test_the_sanity_check_samples_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = judged(eval_samples=4)
     calls: list[bool] = []
-    original = model._sample_fixed
+    original = model.draw_samples
     monkeypatch.setattr(
-        model, "_sample_fixed", lambda *a, **k: calls.append(model.trainer.sanity_checking) or original(*a, **k)
+        model, "draw_samples", lambda *a, **k: calls.append(model.trainer.sanity_checking) or original(*a, **k)
     )
     validating(num_sanity_val_steps=1).fit(model, loader(), loader())
     assert calls == [False]
