@@ -72,7 +72,9 @@ def toy_model(**options: Any) -> CM3:
 
 def small_data(**options: Any) -> SyntheticInteractionsDataModule:
     """A set that trains in a second."""
-    given = {"num_users": 40, "num_items": 60, "interactions_per_user": 6.0, "factors": 4, "batch_size": 32}
+    given = {
+        "num_users": 40, "num_items": 60, "interactions_per_user": 6.0, "factors": 4, "cold": 0.1, "batch_size": 32,
+    }  # fmt: skip
     return SyntheticInteractionsDataModule(**{**given, "modalities": {"image": 8, "text": 6}, **options})
 
 
