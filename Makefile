@@ -43,6 +43,8 @@ bench: setup
 	$(BIN)/python benchmarks/structure.py
 	$(BIN)/python benchmarks/saliency.py --batch 4
 	$(BIN)/python benchmarks/attacks.py --batch 32 --side 32
+	$(BIN)/python benchmarks/recommender.py --parts start epoch evaluation memory stored
+	$(BIN)/python benchmarks/softrepa.py
 	$(BIN)/python benchmarks/hub.py
 
 bench-gpu: setup
@@ -52,6 +54,8 @@ bench-gpu: setup
 	$(BIN)/python benchmarks/structure.py --device cuda
 	$(BIN)/python benchmarks/saliency.py --device cuda
 	$(BIN)/python benchmarks/attacks.py --device cuda
+	$(BIN)/python benchmarks/recommender.py --device cuda
+	$(BIN)/python benchmarks/softrepa.py --device cuda
 	$(BIN)/python benchmarks/nd_table.py --preset gpu --out runs/nd-table-gpu
 
 clean:

@@ -2,6 +2,7 @@
 
     python benchmarks/softrepa_table.py --out runs/softrepa-table           # 3 bases, 9 token runs
     python benchmarks/softrepa_table.py --report --out runs/softrepa-table  # Markdown, and docs/results/softrepa.png
+    python benchmarks/softrepa_table.py --data cifar10 --folder FOLDER --device cuda --epochs 2 --out runs/softrepa-cifar10
 
 The protocol was written down before the first run:
 
@@ -18,6 +19,9 @@ The protocol was written down before the first run:
   base are around 0.5, and a temperature of 0.07 leaves few pairs a gradient (``val/live_pairs``). All arms are reported. "No
   gain" is expected: a toy study before found a larger margin and no established gain.
 
+On CIFAR-10 (softrepa_data.py; meant for a GPU, not run yet) the captions name the class, the base is larger, and 500 and
+2,000 images are sampled in validation and test.
+
 Each finished run is a line of ``<out>/results.jsonl``, and a rerun skips it.
 """
 
@@ -28,28 +32,26 @@ import json
 import statistics
 import time
 import warnings
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from scipy import stats
+from softrepa_data import Setting, cifar10, digits
 from zoo.lightning_modules.flow_matching import FlowMatching
 from zoo.lightning_modules.softrepa import SoftREPA
 
-from zoo import registry
 from zoo.captioned_batch import read_captioned
 from zoo.cli import main as zoo_command
-from zoo.data import DigitsCaptionsDataModule
 from zoo.denoisers import denoising_errors
 from zoo.prompted_samples import PromptedSamples
 
-BASE, JUDGE = "flow_matching-digits", "./runs/nd-digits-teacher"
 ARMS = ("base", "denoising", "softrepa", "softrepa, median")
 GUIDANCE = (1.0, 3.0)
-LENGTH, TOKENS, BLOCKS, BATCH = 12, 4, [0, 1], 16
+TOKENS, BLOCKS, BATCH = 4, [0, 1], 16
 FIGURE = Path("docs/results/softrepa.png")
 METRICS = {
     "alignment, no guidance (%)": ("1.0", "alignment", 100), "alignment, guidance 3 (%)": ("3.0", "alignment", 100),
@@ -59,57 +61,55 @@ METRICS = {
 }  # fmt: skip
 
 
-def data(seed: int, batch: int = BATCH) -> DigitsCaptionsDataModule:
-    return DigitsCaptionsDataModule(batch_size=batch, context_length=LENGTH, seed=seed)
-
-
-def trainer(**options: Any) -> L.Trainer:
+def trainer(setting: Setting, **options: Any) -> L.Trainer:
     return L.Trainer(
-        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-        num_sanity_val_steps=0, **options,
+        logger=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        **{**setting.trainer, **options},
     )  # fmt: skip
 
 
-def trained_base(seed: int, out: Path) -> Path:
-    """Train the base of a seed by its recipe, unless it is there."""
-    folder = out / f"base-{seed}"
+def trained_base(setting: Setting, seed: int, options: argparse.Namespace) -> Path:
+    """Train the base of a seed, unless it is there."""
+    folder: Path = options.out / f"base-{seed}"
     if not (folder / "config.json").exists():
-        recipe = yaml.safe_load(registry.recipe_path(BASE).read_text())
         L.seed_everything(seed, verbose=False)
-        model = FlowMatching(**recipe["model"]["init_args"])
-        kept = {name: recipe["trainer"][name] for name in ("max_epochs", "gradient_clip_val")}
-        images = DigitsCaptionsDataModule(**recipe["data"]["init_args"], seed=seed)
-        trainer(enable_checkpointing=False, limit_val_batches=0, **kept).fit(model, images)
+        model = FlowMatching(**setting.base)
+        limits = {"limit_val_batches": 0, "limit_train_batches": options.batches}
+        run = trainer(setting, enable_checkpointing=False, **limits, **setting.base_trainer)
+        run.fit(model, setting.data(seed, setting.base_batch))
         model.save_pretrained(folder)
     return folder
 
 
-def tokens(seed: int, arm: str, out: Path, epochs: int) -> tuple[SoftREPA, dict[str, Any]]:
+def tokens(setting: Setting, seed: int, arm: str, options: argparse.Namespace) -> tuple[SoftREPA, dict[str, Any]]:
     """Train the tokens of an arm, and return the epoch that validation chose."""
     L.seed_everything(seed, verbose=False)
-    base = str(trained_base(seed, out).resolve())
-    temperature = median_error(base) if arm.endswith("median") else 0.07
+    base = str(trained_base(setting, seed, options).resolve())
+    temperature = median_error(setting, base) if arm.endswith("median") else 0.07
     model = SoftREPA(
-        base, tokens=TOKENS, blocks=BLOCKS, mask_equal="labels", temperature=temperature, classifier=JUDGE,
-        objective="denoising" if arm == "denoising" else "softrepa", val_samples=179, sample_steps=20,
+        base, tokens=TOKENS, blocks=BLOCKS, mask_equal="labels", temperature=temperature, classifier=setting.judge,
+        objective="denoising" if arm == "denoising" else "softrepa", val_samples=setting.samples[0], sample_steps=20,
     )  # fmt: skip
     facts: dict[str, Any] = {"temperature": temperature, "parameters": sum(p.numel() for p in model.bank.parameters())}
     if arm == "base":
         return model, facts
-    folder = out / f"tokens-{seed}-{arm.replace(', ', '-')}"
+    folder = options.out / f"tokens-{seed}-{arm.replace(', ', '-')}"
     best = ModelCheckpoint(folder, monitor="val/alignment", mode="max", save_weights_only=True)
-    trainer(max_epochs=epochs, callbacks=[best]).fit(model, data(seed))
+    limits = {"limit_train_batches": options.batches, "limit_val_batches": options.evaluated}
+    run = trainer(setting, max_epochs=options.epochs, callbacks=[best], **limits)
+    run.fit(model, setting.data(seed, BATCH))
     checkpoint = torch.load(best.best_model_path, weights_only=True)
     model.load_state_dict(checkpoint["state_dict"])
     return model, {**facts, "step": checkpoint["global_step"]}
 
 
 @torch.no_grad()
-def median_error(base: str) -> float:
-    """Return the median own error of the base over validation images and ten even times."""
+def median_error(setting: Setting, base: str) -> float:
+    """Return the median own error of the base over (at most 1,000) validation images and ten even times."""
     network = SoftREPA(base, tokens=1, blocks=[0]).backbone.network
-    found = []
-    for number, batch in enumerate(data(0, 179).val_dataloader()):
+    data, found = setting.data(0, 179), []
+    data.setup("validate")
+    for number, batch in enumerate(islice(data.val_dataloader(), 6)):
         given = read_captioned(batch, network, mask_equal="none")
         noise = torch.randn(given.clean.shape, generator=torch.Generator().manual_seed(number))
         for timestep in range(50, 1000, 100):
@@ -120,17 +120,17 @@ def median_error(base: str) -> float:
     return float(torch.cat(found).median())
 
 
-def tested(model: SoftREPA, arm: str, guidance: float) -> dict[str, float]:
+def tested(setting: Setting, model: SoftREPA, arm: str, guidance: float, batches: int | None) -> dict[str, float]:
     """Test with one guidance. The base is the same model with its tokens off."""
     model.sample_options["guidance"] = guidance
-    model.samples = PromptedSamples(model.frozen_towers["classifier"], 360)
+    model.samples = PromptedSamples(model.frozen_towers["classifier"], setting.samples[1])
     model.evaluation = model.samples.evaluation
-    runner = trainer()
     if arm == "base":
         # Tokens that are never attached: the errors and the samples are the network's own.
         model.setup = lambda stage: None  # type: ignore[method-assign]  # noqa: ARG005 - Lightning names it
         model.sample = lambda text, seed=0: plain(model, text, seed)  # type: ignore[method-assign, assignment]
-    (found,) = runner.test(model, data(0), verbose=False)
+    run = trainer(setting, limit_test_batches=batches)
+    (found,) = run.test(model, setting.data(0, BATCH), verbose=False)
     return {name.partition("/")[2]: value for name, value in found.items()}
 
 
@@ -140,10 +140,10 @@ def plain(model: SoftREPA, text: Any, seed: int) -> torch.Tensor:
     return sample_prompts(model.backbone.network, text, seed=seed, **model.sample_options)
 
 
-def run(seed: int, arm: str, options: argparse.Namespace) -> dict[str, Any]:
+def run(setting: Setting, seed: int, arm: str, options: argparse.Namespace) -> dict[str, Any]:
     start = time.process_time()
-    model, facts = tokens(seed, arm, options.out, options.epochs)
-    metrics = {str(guidance): tested(model, arm, guidance) for guidance in GUIDANCE}
+    model, facts = tokens(setting, seed, arm, options)
+    metrics = {str(guidance): tested(setting, model, arm, guidance, options.evaluated) for guidance in GUIDANCE}
     return {"seed": seed, "arm": arm, **facts, "seconds": round(time.process_time() - start, 1), "metrics": metrics}
 
 
@@ -219,8 +219,15 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--only", type=int, default=None, help="this seed alone, to run seeds side by side")
     parser.add_argument("--limit", type=int, default=None, help="stop after so many new runs")
+    parser.add_argument("--data", choices=("digits", "cifar10"), default="digits")
+    parser.add_argument("--folder", type=Path, help="with cifar10-train.parquet and cifar10-test.parquet")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda for CIFAR-10")
+    parser.add_argument("--batches", type=int, default=None, help="training batches of an epoch, at most")
+    parser.add_argument("--evaluated", type=int, default=None, help="validation and test batches, at most")
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
+    if options.data == "cifar10" and options.folder is None:
+        parser.error("--data cifar10 needs --folder")
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     options.out.mkdir(parents=True, exist_ok=True)
@@ -229,13 +236,17 @@ def main() -> None:
     if options.report:
         report(rows)
         return
-    if not Path(JUDGE, "config.json").exists() and zoo_command(["fit", "--config", "nd-digits-teacher"]) != 0:
-        raise SystemExit("the classifier could not be trained")
+    setting = digits() if options.data == "digits" else cifar10(options.folder, options.device)
+    if not Path(setting.judge, "config.json").exists():
+        files = [f"--data.{split}={options.folder}/cifar10-{split}.parquet" for split in ("train", "test")]
+        given = files if options.data == "cifar10" else []
+        if zoo_command(["fit", "--config", setting.judge_recipe, *given]) != 0:
+            raise SystemExit("the classifier could not be trained")
     done = {(row["seed"], row["arm"]) for row in rows}
     seeds = range(options.seeds) if options.only is None else [options.only]
     wanted = [(seed, arm) for seed in seeds for arm in ARMS if (seed, arm) not in done]
     for seed, arm in wanted[: options.limit]:
-        row = run(seed, arm, options)
+        row = run(setting, seed, arm, options)
         print(json.dumps(row), flush=True)
         with results.open("a") as file:
             file.write(json.dumps(row) + "\n")
