@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import zoo
 from tests import diffusers_pipelines as tiny
 from tests.hub_fixtures import call_python
 from tests.hub_server import HubServer
@@ -213,6 +214,33 @@ def test_denoiser_alone(stored: Any, backbones: Any, tmp_path: Path) -> None:
     assert beside.revision == backbones["sd"].revision
     assert beside.revision.startswith("sha256:")
     assert beside.revision != backbones["sdxl"].revision
+
+
+def test_soft_tokens_train_and_go_onto_the_pipeline(stored: Any, kind: str, tmp_path: Path) -> None:
+    pipeline, folder = stored[kind]
+    torch.manual_seed(0)
+    model = zoo.SoftREPA(
+        f"diffusers/{folder}", backbone_options=T5, tokens=2, blocks=None if kind != "sd3" else [0], temperature=1.0,
+        start="bos" if kind == "sd" else "normal", init_std=0.5,
+    )  # fmt: skip
+    model.log_dict = lambda *_, **__: None
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    with model.attach(model.backbone.network.denoiser):
+        model.training_step({"image": images, "text": CAPTIONS[:2]}, 0).backward()
+    assert all(bool(parameter.grad.isfinite().all()) for parameter in model.bank.parameters())
+    assert float(model.bank.base.grad.norm()) > 0
+    model.save_pretrained(tmp_path)
+    loaded = zoo.SoftREPA.from_pretrained(tmp_path)
+
+    def drawn() -> Any:
+        generator = torch.Generator().manual_seed(0)
+        return pipeline(CAPTIONS[0], num_inference_steps=2, output_type="latent", generator=generator).images
+
+    pipeline.set_progress_bar_config(disable=True)
+    plain = drawn()
+    with loaded.attach(pipeline):
+        assert not torch.allclose(drawn(), plain)
+    assert torch.equal(drawn(), plain)
 
 
 def test_images_in_other_units_or_shapes(backbones: Any) -> None:
