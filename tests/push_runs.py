@@ -109,11 +109,13 @@ def _serve() -> None:
     time.sleep = lambda seconds: None
     import tempfile
 
-    import huggingface_hub.hf_api
-    import huggingface_hub.repocard  # noqa: F401 - what the runs would import, each anew
+    # What the runs would import, each anew.
     import sklearn.datasets
     import torch
+    import zoo.callbacks.push_to_hub
+    import zoo.lightning_modules.classifier
 
+    import zoo.data  # noqa: F401
     from zoo import model_card
 
     sklearn.datasets.load_digits()

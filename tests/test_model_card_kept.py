@@ -45,7 +45,7 @@ def test_rendering_twice_changes_nothing() -> None:
     assert again == card_of(OTHER), "of the older rendering nothing is left"
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(before=WRITTEN, between=WRITTEN, after=WRITTEN)
 def test_hand_written_text_is_kept(before: str, between: str, after: str) -> None:
     assume("<!--" not in before + between + after)
@@ -59,7 +59,7 @@ def test_hand_written_text_is_kept(before: str, between: str, after: str) -> Non
     assert card_of(OTHER, existing=again) == again
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(text=WRITTEN)
 def test_a_card_without_marks_is_kept_whole(text: str) -> None:
     assume("<!--" not in text and not text.removeprefix("\ufeff").lstrip().startswith("---"))
@@ -71,7 +71,7 @@ def test_a_card_without_marks_is_kept_whole(text: str) -> None:
     assert card_of(existing=card) == card
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=20)
 @given(before=FRAGMENTS, after=FRAGMENTS, share=st.floats(0, 1))
 def test_any_card_settles_after_one_rendering(before: str, after: str, share: float) -> None:
     at = int(share * len(LIGHT))
@@ -85,7 +85,7 @@ def test_any_card_settles_after_one_rendering(before: str, after: str, share: fl
         assert sorted(kept_parts(card).blocks) == sorted(kept_parts(LIGHT).blocks)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=20)
 @given(theirs=st.dictionaries(st.text(max_size=8), VALUES, max_size=3))
 def test_metadata_that_people_added_is_kept(theirs: dict[str, Any]) -> None:
     ours = metadata_of(LIGHT)
@@ -239,7 +239,7 @@ def test_hostile_text_is_inert(text: str) -> None:
     assert render(filled(text, "z"), None, existing=hostile) == render(filled(text, "z"), None)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=15)
 @given(text=st.text(max_size=60))
 def test_any_text_is_inert(text: str) -> None:
     card = render(filled(text, "z"), None)

@@ -84,7 +84,7 @@ PLACES: list[Callable[[Path, str], Path]] = [
 _AROUND = st.sampled_from(["", " ", "\n", "x_", "key=", "'", "(", ":", "/", "é "])
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=50)
 @given(st.sampled_from(TOKENS), st.sampled_from(PLACES), _AROUND, st.sampled_from(["", " ", "\n", '"', "é", ")"]))
 def test_properties_no_token_passes_or_is_shown(
     folder: Path, token: str, place: Callable[[Path, str], Path], before: str, after: str
@@ -102,7 +102,7 @@ def test_bad_token_in_texts(folder: Path, token: str) -> None:
         publish.refuse_private(holding(folder, recipe=f"# {token.splitlines()[0]}\ntrainer: {{}}"))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=40)
 @given(st.sampled_from(SECRET_NAMES), st.text("abcxyz019 -", min_size=1, max_size=12), st.integers(0, 3))
 def test_properties_no_named_secret_passes_or_is_shown(folder: Path, name: str, value: str, shape: int) -> None:
     value = f"Q{value}Q"  # so that it stands in no other word of the message

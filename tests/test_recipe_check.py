@@ -244,7 +244,7 @@ _LEAVES = st.one_of(st.none(), st.integers(), st.floats(), st.text(max_size=8), 
 _TREES = st.recursive(_LEAVES, lambda t: st.lists(t, max_size=3) | st.dictionaries(_NAMES, t, max_size=3), max_leaves=8)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(st.sampled_from(["model", "data", "trainer", "optimizer", "lr_scheduler", "requires"]), _TREES)
 def test_properties_any_tree_is_checked_or_refused(key: str, tree: Any) -> None:
     """No input makes the check itself fail, and none that passes names a class of others."""
