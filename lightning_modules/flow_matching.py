@@ -76,6 +76,7 @@ class FlowMatching(GenerationModule):
 
     deployable = "backbone"
     training_only = ("classifier",)
+    evaluated_with = ("classifier",)
 
     def __init__(
         self,

@@ -116,6 +116,7 @@ class SoftREPA(GenerationModule):
 
     deployable = "bank"
     training_only = ("backbone", "classifier")
+    evaluated_with = ("backbone", "classifier")
 
     def __init__(
         self,

@@ -167,3 +167,10 @@ def test_checkpoint_resumes(built: Any, name: str, tmp_path: Path) -> None:
     quick_trainer(max_epochs=2).fit(resumed, data_of(name), ckpt_path=str(tmp_path / "one.ckpt"), weights_only=True)
     before = {key: value for key, value in model.named_parameters() if value.requires_grad}
     assert not all(torch.equal(value, before[key]) for key, value in resumed.named_parameters() if key in before)
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if registry.component_class(name).evaluated_with])
+def test_stored_run_is_evaluated_with_what_it_needs(trained: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(trained)
+    shown = [word for word in SHORT if "max_epochs" not in word]
+    assert main(["test", "--config", f"runs/{recipe_of(name)}", *shown]) == 0

@@ -232,6 +232,7 @@ def test_bad_secrets_and_paths_are_not_pushed(
         publish.push_folder(tmp_path, "me/x")
 
 
+@pytest.mark.thorough
 def test_stored_network_is_a_tower_by_hub_name(hub: HubServer, run: Path, tmp_path: Path) -> None:
     assert zoo(["push", str(run), "me/tower"], hub, tmp_path / "a").returncode == 0
     code = (

@@ -235,6 +235,7 @@ def push_and_explain(folder: str) -> list[float]:
     return [explain(source, [f"{folder}/images/a.png"], **options)[0].score for source in sources]
 
 
+@pytest.mark.thorough
 def test_from_the_hub(work: Path, hub: HubServer) -> None:
     scores = call_python(push_and_explain, str(work), server=hub)
     assert scores[0] == scores[1] == scores[2]

@@ -33,6 +33,7 @@ class ZooModule(pl.LightningModule):
         deployable: name of the attribute that is the plain network for inference.
         training_only: names of the attributes that only training needs, and of the constructor arguments that are set to
             None when a stored model is loaded for inference. Their tensors are not stored.
+        evaluated_with: which of `training_only` evaluation needs as well: ``zoo test`` builds them.
         sized_by_file: names of buffers that may be None after construction and take their shape from the stored file.
         stored_towers: names of the constructor arguments that may be a frozen tower which is stored with the model, because
             its weights have no public name.
@@ -45,6 +46,7 @@ class ZooModule(pl.LightningModule):
 
     deployable: ClassVar[str] = ""
     training_only: ClassVar[tuple[str, ...]] = ()
+    evaluated_with: ClassVar[tuple[str, ...]] = ()
     sized_by_file: ClassVar[tuple[str, ...]] = ()
     stored_towers: ClassVar[tuple[str, ...]] = ()
 

@@ -146,7 +146,7 @@ class ZooCLI(LightningCLI):
         if options.get("ckpt_path") is None and component in registry.components():
             cls = registry.component_class(component)
             for name in getattr(cls, "training_only", ()):
-                if name in options.model.init_args:
+                if name in options.model.init_args and name not in getattr(cls, "evaluated_with", ()):
                     options.model.init_args[name] = None
 
     def before_fit(self) -> None:
@@ -220,7 +220,8 @@ class ZooCLI(LightningCLI):
                 f"nothing is stored in {_relative(folder)}: run `zoo fit` with this configuration first, or name a "
                 "checkpoint with --ckpt_path"
             )
-        self.model = type(self.model).from_pretrained(folder)
+        cls = type(self.model)
+        self.model = cls.from_pretrained(folder, for_training=bool(cls.evaluated_with)).eval()
         rank_zero_info(f"the model stored in {_relative(folder)}")
 
     def predict(self, **options: Any) -> None:

@@ -20,7 +20,7 @@ from zoo.errors import InputError
 
 @pytest.fixture(scope="module")
 def runs(hub_server: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    with Runs(hub_server, tmp_path_factory.mktemp("runs")) as started:
+    with Runs(hub_server, tmp_path_factory.mktemp("runs"), figures=False) as started:
         yield started
 
 
@@ -126,8 +126,13 @@ def test_any_lightning_module(hub: HubServer, runs: Runs, tmp_path: Path) -> Non
     from zoo import hub as stored
 
     push = [{"repo_id": "me/plain", "folder": str(tmp_path / "staged")}]
-    runs("fit", folder=str(tmp_path), push=push, epochs=2, plain=True)
+    runs.figures = True
+    try:
+        runs("fit", folder=str(tmp_path), push=push, epochs=2, plain=True)
+    finally:
+        runs.figures = False
     assert titles(hub, "me/plain")[-1] == "Store epoch-1"
+    assert any(name.startswith("figures/") for name in hub.files("me/plain"))
     assert equal(weights(hub, "me/plain"), tmp_path, 1)
     assert config(hub, "me/plain")["args"] == {"rate": 0.1}
     module = stored.load_weights(tmp_path / "staged/0002-epoch-1", Plain(small_network()))
