@@ -374,7 +374,7 @@ class SoftREPA(GenerationModule):
         """Return the images without the tokens."""
         self._take_off()
         try:
-            return {"without tokens": sample_prompts(self._backbone, text, seed=seed, **self.sample_options)}
+            return {"base": sample_prompts(self._backbone, text, seed=seed, **self.sample_options)}
         finally:
             self._put_on()
 

@@ -100,5 +100,5 @@ class PromptedSamples:
         for kind in drawn:
             for asked, seen in zip(self._drawn["asked"], self._drawn["seen"], strict=True):
                 one, other = (str(label) if names is None else str(names[label]) for label in (asked, seen))
-                titles.append(f"{one}, {kind}" if kind else one if asked == seen else f"{one} (seen: {other})")
+                titles.append(f"{one} ({kind})" if kind else one if asked == seen else f"{one} (seen: {other})")
         return image_grid(torch.cat([images.detach().cpu() for images in drawn.values()]), titles, **units)
