@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from tests.fresh_processes import run_fresh
 from tests.hub_server import HubServer
 
 __all__ = ["call_python", "caught", "client_environment", "hub", "hub_server", "run_python", "start_python"]
@@ -99,13 +100,22 @@ def run_python(
         AssertionError: the process failed or did not print JSON; the message holds its output.
     """
     with tempfile.TemporaryDirectory() as fresh:
-        process = start_python(code, server=server, token=token, home=home or fresh, extra_env=extra_env)
-        try:
-            output, errors = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output, errors = process.communicate()
-    report = f"exit status {process.returncode}\n{output}\n{errors}"
+        environment = client_environment(server, home=home or fresh, token=token, extra_env=extra_env)
+        if client := os.environ.get("HUB_CLIENT_PYTHON"):
+            command = [client, "-c", code]
+            process = subprocess.run(
+                command,
+                env=environment,
+                cwd=home or fresh,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+                check=False,
+            )
+        else:
+            process = run_fresh(code=code, environment=environment, cwd=home or fresh, timeout=timeout)
+    output = process.stdout
+    report = f"exit status {process.returncode}\n{output}\n{process.stderr}"
     assert process.returncode == 0, report
     try:
         return json.loads(output) if output.strip() else None

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 import zoo
+from tests.fresh_processes import run_fresh
 from zoo import registry
 from zoo.cli import main
 
@@ -141,8 +141,8 @@ def test_resume_by_ckpt_path_warns_of_each_difference(inside: Path) -> None:
 @pytest.mark.thorough
 def test_required_model_is_trained_first(tmp_path: Path) -> None:
     """In a fresh folder one command makes the teacher and then the student (a process of its own, as a user runs it)."""
-    command = [sys.executable, "-W", "ignore", "-m", "zoo", "fit", "--config", "nd-digits", *SMALL]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    words = ["fit", "--config", "nd-digits", *SMALL]
+    result = run_fresh(module="zoo", words=words, environment=os.environ, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "runs/nd-digits-teacher/config.json").is_file()
     assert (tmp_path / "runs/nd-digits/config.json").is_file()

@@ -7,8 +7,6 @@ import json
 import os
 import random
 import stat
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import zoo
+from tests.fresh_processes import run_fresh
 from tests.stored import config_of, seeded_distillation, tensors_of
 from tests.training import digits, quick_trainer, small_distillation, small_network
 from zoo import towers
@@ -136,11 +135,12 @@ def test_round_trip_in_a_new_process(tmp_path: Path) -> None:
     model.example_shape = (1, 8, 8)
     model.save_pretrained(tmp_path)
     code = (
-        "import sys, torch, zoo; torch.set_num_threads(1); model = zoo.from_pretrained(sys.argv[1]);"
+        f"import torch, zoo; torch.set_num_threads(1); model = zoo.from_pretrained({str(tmp_path)!r});"
         "print(type(model).__name__, zoo.towers.fingerprint(model),"
         "[v.hex() for v in model(torch.ones(1, 1, 8, 8))[0].tolist()])"
     )
-    answer = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    answer = run_fresh(code=code, environment=os.environ)
+    assert answer.returncode == 0, answer.stderr
     with torch.no_grad():
         output = [value.hex() for value in model.eval()(torch.ones(1, 1, 8, 8))[0].tolist()]
     assert answer.stdout.strip() == f"Classifier {towers.fingerprint(model)} {output}"

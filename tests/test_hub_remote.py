@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.fresh_processes import run_fresh
 from tests.hub_fixtures import client_environment, run_python
 from tests.hub_server import HubServer
 from tests.training import small_distillation, small_network
@@ -33,8 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def zoo(words: list[str], hub: HubServer, home: Path, *, token: str | None = "hf_local", cwd: Path | None = None):
     """Run a zoo command in a process of its own against the server."""
     environment = client_environment(hub, home=home, token=token)
-    command = [sys.executable, "-W", "ignore", "-m", "zoo", *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=cwd)
+    return run_fresh(module="zoo", words=words, environment=environment, cwd=cwd)
 
 
 def test_push_pull_show_and_load_are_bit_identical(hub: HubServer, run: Path, tmp_path: Path) -> None:
