@@ -26,6 +26,8 @@ _MAX_PANELS = 12
 _MAX_LINES = len(_COLOURS)
 _MARKED = 30
 _DPI = 120
+_PANEL = (4.0, 3.0)  # inches, like the margins around each panel's axes
+_LEFT, _RIGHT, _BOTTOM, _TOP, _FOOTER = 0.62, 0.16, 0.48, 0.34, 0.25
 
 
 def write_figures(history: Mapping[str, Any], folder: Path) -> list[str]:
@@ -103,12 +105,23 @@ def _draw(panels: dict[str, _Series]) -> bytes:
     shown = dict(list(panels.items())[:_MAX_PANELS])
     columns = min(_COLUMNS, len(shown))
     rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(4.0 * columns, 3.0 * rows), layout="constrained")
+    footer = _FOOTER if len(shown) < len(panels) else 0.0
+    width, height = _PANEL[0] * columns, _PANEL[1] * rows + footer
+    figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
+    # Margins that are given: a layout that is computed draws everything twice.
+    figure.subplots_adjust(
+        left=_LEFT / width,
+        right=1 - _RIGHT / width,
+        bottom=(_BOTTOM + footer) / height,
+        top=1 - _TOP / height,
+        wspace=(_LEFT + _RIGHT) / (_PANEL[0] - _LEFT - _RIGHT),
+        hspace=(_TOP + _BOTTOM) / (_PANEL[1] - _TOP - _BOTTOM),
+    )
     for place, (title, series) in enumerate(shown.items(), start=1):
         _draw_panel(figure.add_subplot(rows, columns, place), title, series)
-    if len(shown) < len(panels):
-        figure.supxlabel(f"{len(shown)} of {len(panels)} quantities", fontsize=9, color=_INK)
+    if footer:
+        figure.supxlabel(f"{len(shown)} of {len(panels)} quantities", fontsize=9, color=_INK, y=0.1 / height)
     file = BytesIO()
     figure.savefig(file, format="png", dpi=_DPI, facecolor="white", metadata={"Software": None})
     return file.getvalue()
@@ -129,6 +142,8 @@ def _draw_panel(axes: Axes, title: str, series: _Series) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     # Every colour is given: the user's own style may be white on black.
     axes.spines[["bottom", "left"]].set_color(_INK)
+    axes.ticklabel_format(axis="y", scilimits=(-3, 4))  # labels of at most six characters fit the margin
+    axes.yaxis.get_offset_text().set(fontsize=8, color=_INK)
     axes.set_xlabel("epoch", fontsize=9, color=_INK)
     axes.tick_params(labelsize=8, colors=_INK)
     rest = len(series) - _MAX_LINES
