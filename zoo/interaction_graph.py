@@ -185,7 +185,7 @@ def interaction_graph(users: Tensor, items: Tensor, *, num_users: int, num_items
 
 
 def propagate_interactions(
-    graph: PairLists, embeddings: Tensor, *, layers: int, readout: Literal["sum", "mean"] = "sum"
+    graph: PairLists, embeddings: Tensor, *, hops: int, readout: Literal["sum", "mean"] = "sum"
 ) -> Tensor:
     """Embeddings of all nodes after propagation, layer 0 included; see the module's docstring.
 
@@ -197,7 +197,7 @@ def propagate_interactions(
     Args:
         graph: of n nodes, from `interaction_graph`, on the device of the embeddings.
         embeddings: (n, d), users first and items behind them.
-        layers: L, how often neighbours are added, at least 0.
+        hops: L, how often neighbours are added, at least 0.
         readout: `"sum"` over the L + 1 layers (CM3) or their `"mean"` (LightGCN).
 
     Returns:
@@ -210,7 +210,7 @@ def propagate_interactions(
         One user with one item, once there and once back:
 
         >>> graph = interaction_graph(torch.tensor([0]), torch.tensor([0]), num_users=1, num_items=1)
-        >>> propagate_interactions(graph, torch.tensor([[1.0], [10.0]]), layers=2)
+        >>> propagate_interactions(graph, torch.tensor([[1.0], [10.0]]), hops=2)
         tensor([[12.],
                 [21.]])
     """
@@ -221,8 +221,8 @@ def propagate_interactions(
             f"embeddings must have a row for each of the graph's {nodes} nodes on {graph.offsets.device}, got "
             f"{embeddings.shape[0]} rows on {embeddings.device}"
         )
-    if layers < 0:
-        raise InputError(f"layers must be at least 0, got {layers}")
+    if hops < 0:
+        raise InputError(f"hops must be at least 0, got {hops}")
     if readout not in ("sum", "mean"):
         raise InputError(f"readout must be 'sum' or 'mean', got {readout!r}")
     with torch.autocast(embeddings.device.type, enabled=False):
@@ -230,18 +230,18 @@ def propagate_interactions(
         lengths = graph.lengths()
         scale = (lengths.to(embeddings.dtype) + _EPSILON).rsqrt()
         weights = scale[graph.columns] * scale.repeat_interleave(lengths, output_size=graph.columns.shape[0])
-        total: Tensor = _Propagate.apply(embeddings, layers, *graph, weights)
-        return total / (layers + 1) if readout == "mean" else total
+        total: Tensor = _Propagate.apply(embeddings, hops, *graph, weights)
+        return total / (hops + 1) if readout == "mean" else total
 
 
 class _Propagate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, embeddings: Tensor, layers: int, *graph: Tensor) -> Tensor:
+    def forward(ctx: Any, embeddings: Tensor, hops: int, *graph: Tensor) -> Tensor:
         ctx.save_for_backward(*graph)
-        ctx.layers = layers
+        ctx.hops = hops
         offsets, columns, weights = graph
-        total = embeddings.clone()
-        for _ in range(layers):
+        total = embeddings if hops else embeddings.clone()  # what is returned is never the argument itself
+        for _ in range(hops):
             total = F.embedding_bag(
                 columns, total, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
             ).add_(embeddings)
@@ -250,7 +250,7 @@ class _Propagate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         # The graph is symmetric: the adjoint of the recursion is the recursion.
-        return _Propagate.apply(gradients[0], ctx.layers, *ctx.saved_tensors), None, None, None, None
+        return _Propagate.apply(gradients[0], ctx.hops, *ctx.saved_tensors), None, None, None, None
 
 
 def _require_numbers(name: str, value: Tensor, limit: int) -> None:
