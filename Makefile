@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-thorough check lint types pytest bench bench-gpu clean
+.PHONY: setup demo table test test-thorough check lint types pytest bench bench-gpu clean
 
 setup: $(STAMP)
 
@@ -24,6 +24,10 @@ test: setup
 
 check: test
 
+# The table of components in README.md, from the sheets in cards/.
+table: setup
+	$(BIN)/python docs/component_table.py
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,13 +43,14 @@ test-thorough: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "thorough or not thorough"
 
 bench: setup
+	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/nd.py
 	$(BIN)/python benchmarks/distillation.py --batch 128
 	$(BIN)/python benchmarks/contrastive.py
 	$(BIN)/python benchmarks/structure.py
 	$(BIN)/python benchmarks/saliency.py --batch 4
 	$(BIN)/python benchmarks/attacks.py --batch 32 --side 32
-	$(BIN)/python benchmarks/recommender.py --parts start epoch evaluation memory stored
+	$(BIN)/python benchmarks/recommender.py
 	$(BIN)/python benchmarks/softrepa.py
 	$(BIN)/python benchmarks/hub.py
 
