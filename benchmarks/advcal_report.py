@@ -14,7 +14,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
+import table_report
+from table_report import spread
 
 ATTACKS = ("pgd-ce", "apgd-ce", "apgd-dlr", "apgd-l2")
 COLOURS = {
@@ -41,19 +42,14 @@ def column_name(column: str, target: str, beta: float) -> str:
 
 def cell(values: list[float], row: str) -> str:
     """Mean ± standard deviation: per cent, and the drift as it is."""
-    scale, digits_ = (1, 4) if row == "drift" else (100, 1)
-    spread = f" ± {scale * statistics.stdev(values):.{digits_}f}" if len(values) > 1 else ""
-    return f"{scale * statistics.mean(values):.{digits_}f}{spread}"
+    scale, decimals = (1, 4) if row == "drift" else (100, 1)
+    return spread([scale * value for value in values], decimals)
 
 
 def difference(ours: dict[int, float], control: dict[int, float]) -> str:
     """Mean difference paired by seed, in points, with its 95 % interval."""
-    paired = [100 * (ours[seed] - control[seed]) for seed in sorted(ours.keys() & control.keys())]
-    if len(paired) < 2:
-        return "-"
-    mean = statistics.mean(paired)
-    half = stats.t.ppf(0.975, len(paired) - 1) * statistics.stdev(paired) / len(paired) ** 0.5
-    return f"{mean:+.1f} ({mean - half:+.1f} … {mean + half:+.1f})"
+    per_cent = ({seed: 100 * value for seed, value in side.items()} for side in (ours, control))
+    return table_report.difference(*per_cent, 1)
 
 
 def report(rows: list[dict[str, Any]], file: Path) -> None:

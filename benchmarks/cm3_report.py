@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import table_report
 import torch
-from scipy import stats
 
 FIGURE = Path("docs/results/cm3.png")
 NAMES = {
@@ -47,20 +46,11 @@ def numbers(rows: dict[str, dict[int, Row]], arm: str, *keys: str) -> Numbers:
 
 
 def spread(found: Numbers, decimals: int = 3) -> str:
-    values = list(found.values())
-    if len(values) < 2:
-        return f"{values[0]:.{decimals}f}" if values else "-"
-    return f"{statistics.mean(values):.{decimals}f} ± {statistics.stdev(values):.{decimals}f}"
+    return table_report.spread(found.values(), decimals)
 
 
 def difference(ours: Numbers, control: Numbers) -> str:
-    """Return the mean difference paired by seed, with its 95 % interval."""
-    paired = [ours[seed] - control[seed] for seed in sorted(ours.keys() & control.keys())]
-    if len(paired) < 2:
-        return "-"
-    mean = statistics.mean(paired)
-    half = float(stats.t.ppf(0.975, len(paired) - 1)) * statistics.stdev(paired) / len(paired) ** 0.5
-    return f"{mean:+.3f} ({mean - half:+.3f} … {mean + half:+.3f})"
+    return table_report.difference(ours, control, 3)
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
