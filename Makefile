@@ -43,6 +43,7 @@ test-thorough: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "thorough or not thorough"
 
 bench: setup
+	$(BIN)/python benchmarks/machine.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/nd.py
 	$(BIN)/python benchmarks/distillation.py --batch 128
@@ -55,6 +56,7 @@ bench: setup
 	$(BIN)/python benchmarks/hub.py
 
 bench-gpu: setup
+	$(BIN)/python benchmarks/machine.py
 	$(BIN)/python benchmarks/nd.py --device cuda
 	$(BIN)/python benchmarks/distillation.py --device cuda --precision bf16-mixed
 	$(BIN)/python benchmarks/contrastive.py --device cuda
