@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo table test test-thorough check lint types pytest bench bench-gpu clean
+.PHONY: setup demo table test test-thorough check lint types pytest bench bench-gpu docs docs-serve clean
 
 setup: $(STAMP)
 
@@ -66,6 +66,14 @@ bench-gpu: setup
 	$(BIN)/python benchmarks/recommender.py --device cuda
 	$(BIN)/python benchmarks/softrepa.py --device cuda
 	$(BIN)/python benchmarks/nd_table.py --preset gpu --out runs/nd-table-gpu
+
+# The site: build/site/index.html. The variable silences an advertisement of the theme.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The same at http://127.0.0.1:8000, built anew when a page changes.
+docs-serve: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --strict
 
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -58,6 +58,7 @@ def filled(text: str) -> str:
 
 
 def main() -> None:
+    """Write the table, or check it."""
     parser = argparse.ArgumentParser(description="Write the table of components into README.md")
     parser.add_argument("--check", action="store_true", help="change nothing; fail if the table is not current")
     check = parser.parse_args().check

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-import pkgutil
 from pathlib import Path
 
 import zoo
+from tests.package_modules import MODULES
 
 INVENTORY = Path(__file__).with_name("api_surface.json")
 
@@ -16,10 +16,8 @@ INVENTORY = Path(__file__).with_name("api_surface.json")
 def surface() -> dict[str, list[str]]:
     """``__all__`` of every module of the package."""
     found = {"zoo": sorted(zoo.__all__)}
-    for module in pkgutil.walk_packages(zoo.__path__, "zoo."):
-        if not module.name.endswith("__main__"):
-            names = getattr(importlib.import_module(module.name), "__all__", [])
-            found[module.name] = sorted(names)
+    for name in MODULES:
+        found[name] = sorted(getattr(importlib.import_module(name), "__all__", []))
     return found
 
 

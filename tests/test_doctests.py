@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import doctest
 import importlib
-import pkgutil
 
 import pytest
 
-import zoo
-
-MODULES = [m.name for m in pkgutil.walk_packages(zoo.__path__, "zoo.") if not m.name.endswith("__main__")]
+from tests.package_modules import MODULES
 
 
 @pytest.mark.parametrize("name", MODULES)

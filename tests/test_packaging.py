@@ -56,7 +56,7 @@ def test_wheel_holds_the_tree_and_nothing_else(wheel: Path) -> None:
     expected = set()
     for folder, package in FOLDERS.items():
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in {".py", ".yaml", ".md"} or path.name == "py.typed":
+            if path.suffix in {".py", ".yaml", ".md", ".txt", ".html"} or path.name == "py.typed":
                 expected.add(f"{package}/{path.relative_to(ROOT / folder)}")
     assert inside == expected
 
