@@ -26,8 +26,10 @@ _COMMANDS = {
     "push": "send a stored model to the Hub: zoo push runs/nd-digits me/nd-digits",
     "pull": "copy a stored model from the Hub: zoo pull me/nd-digits FOLDER",
     "card": "render the model card of a stored model: zoo card runs/nd-digits",
+    "report": "write one HTML page about a stored model, or about several: zoo report runs/nd-digits",
     "saliency": "draw where a classifier looks: zoo saliency me/nd-digits IMAGE… --layers layer3 --out out",
     "demo": "distil a student on scikit-learn's digits, store it, load it back",
+    "new": "start a paper in a checkout, with tests that say what to write: zoo new KEY --kind loss-callback",
 }
 
 
@@ -65,7 +67,9 @@ def _run(command: str, words: list[str]) -> None:
         "push": _push,
         "pull": _pull,
         "card": _card,
+        "report": _report,
         "saliency": _saliency,
+        "new": _new,
     }
     if command in plain:
         plain[command](words)
@@ -268,15 +272,15 @@ def _saliency(words: list[str]) -> None:
     parser.add_argument(
         "--combine", choices=("geomean", "product", "sum"), default="geomean", help="how several layers become one"
     )
-    parser.add_argument("--alpha", type=float, default=0.8, help="opacity of the most salient place (default: 0.8)")
+    parser.add_argument("--opacity", type=float, default=0.8, help="opacity of the most salient place (default: 0.8)")
     parser.add_argument("--device", help="such as cuda (default: a GPU if there is one, else cpu)")
-    parser.add_argument("--size", type=int, help="side of the input in pixels, where none is recorded")
+    parser.add_argument("--image-size", type=int, help="side of the input in pixels, where none is recorded")
     parser.add_argument("--mean", type=_numbers, help="means of the channels, separated by commas, likewise")
     parser.add_argument("--std", type=_numbers, help="their standard deviations, likewise")
     parser.add_argument("--json", action="store_true", help="machine-readable output")
     options = vars(parser.parse_args(words))
     as_json = options.pop("json")
-    given = {name: options.pop(name) for name in ("size", "mean", "std")}
+    given = {name: options.pop(name) for name in ("image_size", "mean", "std")}
     from zoo.saliency_command import explain
     from zoo.saliency_inputs import Preparation
 
@@ -288,6 +292,20 @@ def _saliency(words: list[str]) -> None:
     for one in found:
         explained = f"class {one.target}, score {one.score:.3f} ({one.probability:.1%})"
         sys.stdout.write(f"{one.image}: {explained}, layers {', '.join(one.layers)}: {one.file}\n")
+
+
+def _report(words: list[str]) -> None:
+    from zoo import report
+
+    parser = _Parser(prog="zoo report", description="Write one HTML page about stored models.")
+    report.command(parser, words)
+
+
+def _new(words: list[str]) -> None:
+    from zoo import scaffold
+
+    parser = _Parser(prog="zoo new", description="Write the files of a new paper into a checkout of the zoo.")
+    scaffold.command(parser, words)
 
 
 def _words(text: str) -> list[str]:
