@@ -216,3 +216,17 @@ def test_scripts_of_an_older_card_become_text(tmp_path: Path, active: str, inert
     card = f"{(tmp_path / 'README.md').read_text()}\n## By hand\n\n{active}\n"
     publish.write_card(tmp_path, existing=card)
     assert f"\n{inert}\n" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"zoo', "is no valid JSON, so it is damaged"),
+        ("[]", "it has no zoo_format"),
+        (" " * ((1 << 20) + 1), "is larger than"),
+    ],
+)
+def test_bad_configuration_of_a_card(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+        publish.write_card(tmp_path)

@@ -14,7 +14,7 @@ from zoo import registry, storage, transport
 from zoo.card_parts import kept_parts
 from zoo.errors import InputError
 
-__all__ = ["push_folder", "read_text", "refuse_private", "write_card"]
+__all__ = ["push_folder", "read_config", "read_text", "refuse_private", "write_card"]
 
 # A number or a switch by such a name is a count or an option (num_tokens, class_token); of a password it may be all.
 _SECRET_NAME = re.compile(
@@ -42,6 +42,7 @@ _ACTIVE = re.compile(
     r"|mouse\w*|page\w*|pointer\w*|resize|scroll\w*|select\w*|submit|toggle|touch\w*|transition\w*|unload|wheel)\s*=)",
     re.IGNORECASE,
 )
+_MAX_CONFIG = 1 << 20  # bytes of a configuration; what can be stored
 _SCRIPT_LINK = re.compile(r"\b(java|vb)script:", re.IGNORECASE)
 
 
@@ -52,6 +53,39 @@ def read_text(folder: Path, name: str) -> str | None:
         return None if path is None else path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is no UTF-8 text") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the configuration of a stored model as it was written, without torch and without the checks of a load.
+
+    Args:
+        folder: the folder, such as ``zoo fit`` leaves in ``trainer.default_root_dir``.
+
+    Raises:
+        InputError: nothing is stored there, or its ``config.json`` is damaged.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder; `zoo pull OWNER/NAME FOLDER` copies a stored model from the Hub")
+    path = storage.locate(folder, "config.json")
+    if path is None:
+        inside = sorted(found.parent.as_posix() for found in folder.glob("*/config.json"))[:3]
+        hint = f" Did you mean {', '.join(inside)}?" if inside else ""
+        raise InputError(
+            f"{folder} is no stored model: it has no config.json.{hint} `zoo fit` stores one in trainer.default_root_dir"
+        )
+    if path.stat().st_size > _MAX_CONFIG:
+        raise InputError(f"{path} is larger than {_MAX_CONFIG} bytes: it is no configuration of the zoo")
+    try:
+        config = json.loads(read_text(folder, "config.json") or "")
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is no valid JSON, so it is damaged: store the model anew ({error})") from error
+    if not isinstance(config, dict) or "zoo_format" not in config:
+        raise InputError(
+            f"{path} is no configuration of the zoo: it has no zoo_format. `zoo fit` stores models that it has"
+        )
+    return config
 
 
 def write_card(
@@ -68,8 +102,9 @@ def write_card(
     from zoo import model_card
 
     origin = source or folder
-    config = json.loads(read_text(origin, "config.json") or "{}")
-    component = registry.describe(config["component"]) if config["component"] in registry.components() else None
+    config = read_config(origin)
+    name = config.get("component")
+    component = registry.describe(name) if name in registry.components() else None
     history = (config.get("run") or {}).get("history") or {}
     figures = model_card.write_figures(history, folder)
     figures += [name for name in storage.DRAWN if storage.locate(origin, name) is not None]

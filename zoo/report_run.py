@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -19,12 +18,11 @@ from zoo import registry, storage
 from zoo.card_facts import Facts, read_facts
 from zoo.card_text import load_yaml, public, to_yaml
 from zoo.errors import InputError
-from zoo.publish import read_text
+from zoo.publish import read_config, read_text
 from zoo.report_curves import History, read_history
 
 __all__ = ["Figure", "File", "StoredRun", "read_run"]
 
-_MAX_CONFIG = 1 << 20  # bytes; what can be stored
 _MAX_TEXT = 1 << 17  # bytes of a recipe or a card
 _MAX_FIGURE = 4 << 20  # bytes
 _MAX_PIXELS = 50_000_000
@@ -136,7 +134,7 @@ def read_run(folder: Path, name: str) -> StoredRun:
     Raises:
         InputError: nothing is stored there, or its ``config.json`` is damaged.
     """
-    config = _read_config(folder)
+    config = read_config(folder)
     facts = read_facts(config)
     known = config.get("component") in registry.components()
     recipe, recipe_problem = _read_recipe(folder)
@@ -153,31 +151,6 @@ def read_run(folder: Path, name: str) -> StoredRun:
         card_problem=card_problem,
         files=list(_files(folder)),
     )
-
-
-def _read_config(folder: Path) -> Mapping[str, Any]:
-    if not folder.is_dir():
-        raise InputError(f"{folder} is no folder; `zoo pull OWNER/NAME FOLDER` copies a stored model from the Hub")
-    path = storage.locate(folder, "config.json")
-    if path is None:
-        inside = sorted(found.parent.as_posix() for found in folder.glob("*/config.json"))[:3]
-        hint = f" Did you mean {', '.join(inside)}?" if inside else ""
-        raise InputError(
-            f"{folder} is no stored model: it has no config.json.{hint} `zoo fit` stores one in trainer.default_root_dir"
-        )
-    if path.stat().st_size > _MAX_CONFIG:
-        raise InputError(f"{path} is larger than {_MAX_CONFIG} bytes: it is no configuration of the zoo")
-    try:
-        config = json.loads(read_text(folder, "config.json") or "")
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} is no valid JSON, so it is damaged: store the model anew ({error})") from error
-    if not isinstance(config, dict) or "zoo_format" not in config:
-        raise InputError(
-            f"{path} is no configuration of the zoo: it has no zoo_format. `zoo fit` stores models that it has"
-        )
-    return config
 
 
 def _bounded_text(folder: Path, name: str) -> tuple[str | None, str]:
