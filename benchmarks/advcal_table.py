@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +32,7 @@ from typing import Any
 import lightning as L
 import torch
 from advcal_report import ATTACKS, key_of
+from table_report import add_run, open_runs, prepare_torch, require_runs
 from torch import Tensor, nn
 from zoo.lightning_modules.advcal import AdversarialCalibration
 
@@ -97,7 +97,7 @@ def cifar10(folder: Path, seed: int, train_radius: float, train_steps: int, trai
     return Setting(
         "cifar10", data,
         {
-            "encoders": {"image": ENCODER}, "centers": class_means(ENCODER, data), "valid_range": {"image": bounds},
+            "encoders": {"image": ENCODER}, "centres": class_means(ENCODER, data), "valid_range": {"image": bounds},
             "eps": radius, "step_size": radius / 4, "steps": train_steps,
         },
     )  # fmt: skip
@@ -147,7 +147,7 @@ def arms(*, adaptive: bool, objectives: list[str], betas: list[float]) -> list[t
 
 def build(setting: Setting, arm: tuple[str, str, float], seed: int) -> AdversarialCalibration:
     column, target, beta = arm
-    given = {**setting.arguments, "beta": beta, "seed": seed}
+    given = {**setting.arguments, "regulariser_weight": beta, "seed": seed}
     if column == "clean-trained":
         # CE with attacks of no size: the same head, steps, schedule and labels, on clean inputs.
         tiny = dict.fromkeys(setting.modalities, 1e-12)
@@ -260,11 +260,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.data == "cifar10" and options.folder is None:
         parser.error("--data cifar10 needs --folder")
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    options.out.mkdir(parents=True, exist_ok=True)
-    results = options.out / "results.jsonl"
-    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    prepare_torch()
+    rows = open_runs(options.out)
     prepare(options)
     done = {key_of(row) for row in rows}
     make = partial(
@@ -280,8 +277,7 @@ def main() -> None:
     for key in [each for each in wanted if each not in done][: options.limit]:
         row = run(make(seed=key[4]), key[1:4], key[4], options)
         print(json.dumps({name: value for name, value in row.items() if name != "radii"}), flush=True)
-        with results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        add_run(options.out, row)
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -290,9 +286,7 @@ def prepare(options: argparse.Namespace) -> None:
         if not Path(ENCODER, "config.json").exists() and not train_encoder(options.folder):
             raise SystemExit("the encoder of CIFAR-10 could not be trained")
         return
-    for tower in TOWERS:
-        if not Path("runs", tower, "config.json").exists() and zoo_command(["fit", "--config", tower]) != 0:
-            raise SystemExit(f"the encoder {tower} could not be trained")
+    require_runs(*TOWERS)
 
 
 if __name__ == "__main__":

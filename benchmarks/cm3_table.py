@@ -72,7 +72,7 @@ ARMS = {
 }
 CHOICES = {
     **{
-        f"cm3, lr {lr}, gamma {gamma}": Arm(model={"lr": lr, "gamma": gamma})
+        f"cm3, lr {lr}, gamma {gamma}": Arm(model={"lr": lr, "uniformity_weight": gamma})
         for lr in (0.001, 0.003)
         for gamma in (0.5, 0.9)
     },

@@ -12,26 +12,22 @@ What is reported is the test split after the last epoch; nothing is chosen by it
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from scipy import stats
+from table_report import add_run, difference, open_runs, prepare_torch, require_runs, spread
 
 import zoo
-from zoo.cli import main as zoo_command
 from zoo.data import DigitsCaptionsDataModule
 
 # CWCL's paper has the affine kernel; the sharpened one is ours.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "CLIP": ("CLIP", {}),
     "CWCL": ("CWCL", {}),
-    "CWCL, kernel exp": ("CWCL", {"kernel": "exp", "temperature": 0.1}),
+    "CWCL, kernel exp": ("CWCL", {"kernel": "exp", "kernel_temperature": 0.1}),
 }
 ROWS = {
     "zero-shot, seen wording": ("seen", "test/zero_shot/seen", 100),
@@ -72,15 +68,12 @@ def report(rows: list[dict[str, Any]]) -> None:
     print(f"\n| test metric | {' | '.join(METHODS)} |\n|---|{'---|' * len(METHODS)}")
     for label, (wording, key, factor) in ROWS.items():
         digits = 1 if factor == 100 else 3
-        values = {method: [factor * by[method, seed][wording][key] for seed in seeds] for method in METHODS}
+        values = {method: {seed: factor * by[method, seed][wording][key] for seed in seeds} for method in METHODS}
         cells = []
         for method, found in values.items():
-            cell = f"{statistics.mean(found):.{digits}f} ± {statistics.stdev(found):.{digits}f}"
+            cell = spread(found.values(), digits)
             if method != "CLIP":
-                differences = [b - a for a, b in zip(values["CLIP"], found, strict=True)]
-                mean = statistics.mean(differences)
-                half = stats.t.ppf(0.975, len(seeds) - 1) * statistics.stdev(differences) / len(seeds) ** 0.5
-                cell += f"; {mean:+.{digits}f} ({mean - half:+.{digits}f} … {mean + half:+.{digits}f})"
+                cell += f"; {difference(found, values['CLIP'], digits)}"
             cells.append(cell)
         print(f"| {label} | {' | '.join(cells)} |")
 
@@ -94,21 +87,16 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    options.out.mkdir(parents=True, exist_ok=True)
-    results = options.out / "results.jsonl"
-    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    prepare_torch()
+    rows = open_runs(options.out)
     if not options.report:
-        if not Path("runs/nd-digits/config.json").exists() and zoo_command(["fit", "--config", "nd-digits"]) != 0:
-            raise SystemExit("the image tower could not be trained")
+        require_runs("nd-digits")
         done = {(row["method"], row["seed"]) for row in rows}
         for seed in range(options.seeds):
             for method in METHODS:
                 if (method, seed) not in done:
                     rows.append(run(method, seed, options))
-                    with results.open("a") as file:
-                        file.write(json.dumps(rows[-1]) + "\n")
+                    add_run(options.out, rows[-1])
     report(rows)
 
 

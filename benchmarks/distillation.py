@@ -191,7 +191,7 @@ def bare(options: argparse.Namespace, batch: tuple[Tensor, Tensor], losses: str)
     student, teacher, means = model.student, model.teacher.network, model.class_means
     # The released way reads a file of decimals; it does so once a run, outside the steps that are timed.
     text = json.dumps({str(k): [round(value, 4) for value in row] for k, row in enumerate(means.tolist())})
-    centers = json.loads(text)
+    centres = json.loads(text)
     optimizer = torch.optim.SGD(student.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
     features = keep_input(student, model.student_tap.heads[0])
     teacher_features = keep_input(teacher, model.teacher.tap.heads[0])
@@ -211,7 +211,7 @@ def bare(options: argparse.Namespace, batch: tuple[Tensor, Tensor], losses: str)
         else:
             loss = F.cross_entropy(logits, y) + kd_loss(logits, teacher_logits, temperature=TEMPERATURE)
             pair = features[0].float(), teacher_features[0].float()
-            nd = nd_loss(*pair, means, y) if losses == "ours" else loop_nd_loss(*pair, centers, y)
+            nd = nd_loss(*pair, means, y) if losses == "ours" else loop_nd_loss(*pair, centres, y)
             loss = loss + ND_WEIGHT * nd
         optimizer.zero_grad()
         loss.backward()

@@ -142,7 +142,7 @@ def pushing(folder: str) -> None:
         max_epochs=4, limit_train_batches=20, limit_val_batches=1, callbacks=[push, epochs], logger=False, accelerator="cpu",
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
     )  # fmt: skip
-    trainer.fit(model, zoo.DigitsDataModule(size=32, channels=3))
+    trainer.fit(model, zoo.DigitsDataModule(image_size=32, channels=3))
     lengths = [b - a for a, b in zip(epochs.marks, epochs.marks[1:], strict=False)]
     print(json.dumps({"staging": statistics.median(push.spent), "epoch": statistics.median(lengths)}))
 

@@ -35,11 +35,11 @@ SAMPLES, WIDTH, BATCH, CLASSES = 50_000, 2048, 512, 1000
 LOOP_SAMPLES = 64  # the slice of the class-mean loops that is timed; their cost is linear in the samples
 
 
-def loop_nd_loss(student: Tensor, teacher: Tensor, centers: dict[str, list[float]], labels: Tensor) -> Tensor:
+def loop_nd_loss(student: Tensor, teacher: Tensor, centres: dict[str, list[float]], labels: Tensor) -> Tensor:
     total = torch.zeros((), device=student.device)
     for s, t, label in zip(student, teacher, labels, strict=True):
-        center = torch.tensor(centers[str(label.item())]).to(student.device)
-        direction = center / center.norm(p=2)
+        centre = torch.tensor(centres[str(label.item())]).to(student.device)
+        direction = centre / centre.norm(p=2)
         total = total + 1 - torch.dot(s, direction) / max(s.norm(p=2), t.norm(p=2))
     return total / len(labels)
 
@@ -112,14 +112,14 @@ def compare_losses(device: str, rounds: int, calls: int) -> Table:
     for batch, width, classes in track(SIZES, description="nd_loss", transient=True):
         student = torch.randn(batch, width, device=device, requires_grad=True)
         teacher = torch.randn(batch, width, device=device)
-        centers = torch.rand(classes, width, device=device)
+        centres = torch.rand(classes, width, device=device)
         labels = torch.randint(classes, (batch,), device=device)
-        as_lists = {str(k): row for k, row in enumerate(centers.tolist())}  # as JSON has them
+        as_lists = {str(k): row for k, row in enumerate(centres.tolist())}  # as JSON has them
 
         def ours(
-            student: Tensor = student, teacher: Tensor = teacher, centers: Tensor = centers, labels: Tensor = labels
+            student: Tensor = student, teacher: Tensor = teacher, centres: Tensor = centres, labels: Tensor = labels
         ) -> Tensor:
-            (gradient,) = torch.autograd.grad(nd_loss(student, teacher, centers, labels), student)
+            (gradient,) = torch.autograd.grad(nd_loss(student, teacher, centres, labels), student)
             return gradient
 
         def loop(

@@ -103,7 +103,7 @@ class ReleasedModel(nn.Module):
     ) -> None:
         super().__init__()
         self.num_users, self.num_items = num_users, num_items
-        self.layers, self.gamma = options["layers"], options["gamma"]
+        self.layers, self.gamma = options["hops"], options["uniformity_weight"]
         self.highest, self.alpha = options["max_similarity"], options["alpha"]
         dim, device = options["dim"], image.device
         self.graph = interaction_matrix(users, items, num_users, num_items).to(device)

@@ -16,7 +16,14 @@ from zoo.data.interaction_loading import Interactions, InteractionsDataModule, s
 from zoo.data.interaction_splits import random_user_split
 
 BATCH, EVALUATION_BATCH, FACTORS = 2048, 4096, 16
-OPTIONS: dict[str, Any] = {"dim": 64, "layers": 3, "neighbours": 10, "gamma": 0.5, "max_similarity": 0.8, "alpha": 0.5}
+OPTIONS: dict[str, Any] = {
+    "dim": 64,
+    "hops": 3,
+    "neighbours": 10,
+    "uniformity_weight": 0.5,
+    "max_similarity": 0.8,
+    "alpha": 0.5,
+}
 IMAGE_WEIGHT = 0.1
 
 Batch = dict[str, Tensor]
@@ -103,7 +110,10 @@ class Ours:
         self.steps += 1
         share = self.model.fusion_weights(self.steps) if share is None else share
         terms = self.model.losses(batch, *self.model._encode(share))
-        return terms["alignment"] + self.model.gamma * (terms["user_uniformity"] + terms["item_uniformity"]) / 2
+        return (
+            terms["alignment"]
+            + self.model.uniformity_weight * (terms["user_uniformity"] + terms["item_uniformity"]) / 2
+        )
 
     def embeddings(self) -> tuple[Tensor, Tensor]:
         return self.model.eval().embeddings()

@@ -29,9 +29,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
-import warnings
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,8 +37,8 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from scipy import stats
 from softrepa_data import Setting, cifar10, digits
+from table_report import add_run, difference, open_runs, prepare_torch, spread
 from zoo.lightning_modules.flow_matching import FlowMatching
 from zoo.lightning_modules.softrepa import SoftREPA
 
@@ -88,7 +86,7 @@ def tokens(setting: Setting, seed: int, arm: str, options: argparse.Namespace) -
     temperature = median_error(setting, base) if arm.endswith("median") else 0.07
     model = SoftREPA(
         base, tokens=TOKENS, blocks=BLOCKS, mask_equal="labels", temperature=temperature, classifier=setting.judge,
-        objective="denoising" if arm == "denoising" else "softrepa", val_samples=setting.samples[0], sample_steps=20,
+        objective="denoising" if arm == "denoising" else "softrepa", eval_samples=setting.samples[0], sample_steps=20,
     )  # fmt: skip
     facts: dict[str, Any] = {"temperature": temperature, "parameters": sum(p.numel() for p in model.bank.parameters())}
     if arm == "base":
@@ -155,16 +153,6 @@ def values(rows: list[dict[str, Any]], arm: str, metric: str) -> dict[int, float
     return {row["seed"]: factor * row["metrics"][guidance][name] for row in rows if row["arm"] == arm}
 
 
-def difference(ours: dict[int, float], control: dict[int, float]) -> str:
-    """Return the mean difference paired by seed, with its 95 % interval."""
-    paired = [ours[seed] - control[seed] for seed in sorted(ours.keys() & control.keys())]
-    if len(paired) < 2:
-        return "-"
-    mean = statistics.mean(paired)
-    half = stats.t.ppf(0.975, len(paired) - 1) * statistics.stdev(paired) / len(paired) ** 0.5
-    return f"{mean:+.2f} ({mean - half:+.2f} … {mean + half:+.2f})"
-
-
 def report(rows: list[dict[str, Any]]) -> None:
     """Print one table, and draw alignment, distance and margin."""
     seeds = {row["seed"] for row in rows}
@@ -173,11 +161,8 @@ def report(rows: list[dict[str, Any]]) -> None:
     print("|---" * (len(ARMS) + 2) + "|")
     for metric in METRICS:
         cells = {arm: values(rows, arm, metric) for arm in ARMS}
-        shown = [
-            f"{statistics.mean(v.values()):.2f} ± {statistics.stdev(v.values()):.2f}" if len(v) > 1 else "-"
-            for v in cells.values()
-        ]
-        print(f"| {metric} | {' | '.join(shown)} | {difference(cells['softrepa, median'], cells['denoising'])} |")
+        shown = [spread(found.values(), 2) for found in cells.values()]
+        print(f"| {metric} | {' | '.join(shown)} | {difference(cells['softrepa, median'], cells['denoising'], 2)} |")
     print("\n| seed | arm | temperature | tested step | seconds |\n|---|---|---|---|---|")
     for row in sorted(rows, key=lambda row: (row["seed"], ARMS.index(row["arm"]))):
         print(
@@ -228,11 +213,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.data == "cifar10" and options.folder is None:
         parser.error("--data cifar10 needs --folder")
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    options.out.mkdir(parents=True, exist_ok=True)
-    results = options.out / "results.jsonl"
-    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    prepare_torch()
+    rows = open_runs(options.out)
     if options.report:
         report(rows)
         return
@@ -248,8 +230,7 @@ def main() -> None:
     for seed, arm in wanted[: options.limit]:
         row = run(setting, seed, arm, options)
         print(json.dumps(row), flush=True)
-        with results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        add_run(options.out, row)
 
 
 if __name__ == "__main__":

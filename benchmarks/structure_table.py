@@ -22,17 +22,15 @@ import json
 import statistics
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from scipy import stats
+from table_report import add_run, difference, open_runs, prepare_torch, require_runs, spread
 from zoo.lightning_modules.structure import StructureAlignment
 
-from zoo.cli import main as zoo_command
 from zoo.data import DigitsCaptionsDataModule
 
 PAIRS = (50, 100, 250, 500, 1000, None)
@@ -65,8 +63,9 @@ def run(pairs: int | None, layers: Any, weight: float, seed: int, options: argpa
     """Train the heads once and return their test metrics under both wordings."""
     L.seed_everything(seed, verbose=False)
     model = StructureAlignment(
-        *(f"./runs/{name}" for name in TOWERS), layers=layers, structure_weight=weight, warmup_steps=options.steps // 5,
-        schedule="cosine", lr=options.lr, cache=str(options.out / "cache" / f"{pairs or 'all'}-{layers}"),
+        *(f"./runs/{name}" for name in TOWERS), layer_choice=layers, structure_weight=weight,
+        warmup_steps=options.steps // 5, schedule="cosine", lr=options.lr,
+        layer_cache=str(options.out / "cache" / f"{pairs or 'all'}-{layers}"),
     )  # fmt: skip
     start = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
@@ -109,16 +108,6 @@ def values(
     }
 
 
-def difference(ours: dict[int, float], control: dict[int, float]) -> str:
-    """Return the mean difference paired by seed, with its 95 % interval."""
-    paired = [ours[seed] - control[seed] for seed in sorted(ours.keys() & control.keys())]
-    if len(paired) < 2:
-        return "-"
-    mean = statistics.mean(paired)
-    half = stats.t.ppf(0.975, len(paired) - 1) * statistics.stdev(paired) / len(paired) ** 0.5
-    return f"{mean:+.1f} ({mean - half:+.1f} … {mean + half:+.1f})"
-
-
 def report(rows: list[dict[str, Any]]) -> None:
     """Print a table for each metric, in per cent, and draw the first two over n."""
     by = {key_of(row): row for row in rows}
@@ -135,10 +124,10 @@ def report(rows: list[dict[str, Any]]) -> None:
             cells = {(k, w): values(by, pairs, k, w, metric) for k in LAYERS for w in WEIGHTS}
             if not all(cells.values()):
                 continue
-            shown = [f"{statistics.mean(v.values()):.1f} ± {statistics.stdev(v.values()):.1f}" for v in cells.values()]
+            shown = [spread(v.values(), 1) for v in cells.values()]
             ends = [
-                difference(cells["select", 10.0], cells["select", 0.0]),
-                difference(cells["select", 10.0], cells["last", 10.0]),
+                difference(cells["select", 10.0], cells["select", 0.0], 1),
+                difference(cells["select", 10.0], cells["last", 10.0], 1),
             ]
             print(f"| {pairs or 'all'} | {' | '.join([*shown, *ends])} |")
     print("\n| pairs | selected image layer | selected text layer |\n|---|---|---|")
@@ -199,25 +188,19 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, nargs="*", help="these numbers of pairs only, 0 for all")
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    options.out.mkdir(parents=True, exist_ok=True)
-    results = options.out / "results.jsonl"
-    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    prepare_torch()
+    rows = open_runs(options.out)
     if options.report:
         report(rows)
         return
-    for tower in TOWERS:
-        if not Path("runs", tower, "config.json").exists() and zoo_command(["fit", "--config", tower]) != 0:
-            raise SystemExit(f"the tower {tower} could not be trained")
+    require_runs(*TOWERS)
     done = {key_of(row) for row in rows}
     sizes = PAIRS if options.pairs is None else [n or None for n in options.pairs]
     wanted = [(n, k, w, s) for s in range(options.seeds) for n in sizes for k in LAYERS for w in WEIGHTS]
     for pairs, layers, weight, seed in [each for each in wanted if each not in done][: options.limit]:
         row = run(pairs, layers, weight, seed, options)
         print(json.dumps({name: value for name, value in row.items() if name != "metrics"}), flush=True)
-        with results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        add_run(options.out, row)
 
 
 if __name__ == "__main__":

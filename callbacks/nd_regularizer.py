@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from zoo import towers
 from zoo.class_means import compute_class_means
-from zoo.errors import InputError
+from zoo.errors import InputError, require_choice
 from zoo.layer_outputs import example_batch, layer_output
 from zoo.losses import nd_loss, nd_statistics
 from zoo.projector import Projector
@@ -101,8 +101,7 @@ class NDRegularizer(AuxiliaryLoss):
         super().__init__([student_layer], weight)
         if not isinstance(teacher, str | nn.Module):
             raise InputError(f"teacher must be a tower name or an nn.Module, got {type(teacher).__name__}")
-        if reduction not in ("mean", "class"):
-            raise InputError(f"reduction must be one of mean, class, got {reduction!r}")
+        require_choice("reduction", reduction, ("mean", "class"))
         if warmup_epochs < 0:
             raise InputError(f"warmup_epochs must not be negative, got {warmup_epochs}")
         if not 0 <= projector_dropout <= 1:

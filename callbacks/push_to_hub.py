@@ -45,7 +45,7 @@ class PushToHub(pl.Callback):
         monitor: the metric that says what is best; that of the trainer's ModelCheckpoint if omitted.
         mode: whether the metric is better when it is lower or higher; that of the ModelCheckpoint with this monitor if
             omitted.
-        every_n_epochs: look for a version every so many epochs.
+        every_n_epochs: look for a version in every so many epochs, counted from 1.
         on: ``"best"`` pushes whenever the metric improves, ``"last"`` each time, ``"end"`` once, after the last epoch.
         private: make a new repository private.
         tag_versions: tag the commit of each version ``epoch-N`` (from 0; ``epoch-N-step-M`` in mid-epoch) and send every

@@ -86,7 +86,7 @@ class RobustnessEvaluation(pl.Callback):
         eps: radii, ascending, as shares of the valid range.
         attacks: names from `zoo.attack_plan.ATTACKS`, such as ``"pgd-ce"``, ``"apgd-dlr"``, ``"pgd-l2"``; see
             `zoo.attack_plan.AttackPlan`.
-        every_n_epochs: evaluate in every n-th epoch of fit, counted from 1; ``trainer.validate`` and ``test`` always do.
+        every_n_epochs: evaluate in every so many epochs of fit, counted from 1; ``trainer.validate`` and ``test`` always do.
         max_samples: how many samples to attack at most, over all processes; None takes all.
         steps: gradient steps of each attack; 10 show a trend, report numbers of 100.
         restarts: random starts of each attack.

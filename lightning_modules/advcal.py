@@ -38,11 +38,10 @@ from zoo.calibration_cross_modal import ModalityView
 from zoo.calibration_evaluation import CalibrationEvaluation
 from zoo.calibration_heads import CalibrationHead
 from zoo.calibration_objective import CalibrationObjective, objective_weights
-from zoo.contributions import require_choice
-from zoo.errors import InputError
+from zoo.errors import InputError, require_choice
 from zoo.frozen_encoders import FrozenEncodersModule
 from zoo.losses.advcal import clean_adversarial_l2
-from zoo.losses.centers import Pool
+from zoo.losses.centres import Pool
 from zoo.one_cycle import one_cycle
 from zoo.robustness import RobustnessTrial, undisturbed_networks
 
@@ -84,16 +83,16 @@ class AdversarialCalibration(FrozenEncodersModule):
         encoder_options: options for the builders of named encoders, by modality.
         text: the text tower that makes the class centres from prompts. It must share the encoders' space.
         text_options: options for its builder.
-        classes: names of the classes, in the order of the labels; those of the data module if omitted.
+        class_names: names of the classes, in the order of the labels; those of the data module if omitted.
         templates: by modality, prompts with ``{}`` where the name of the class goes; "a photo of a {}" and the like if
             omitted.
-        centers: the class centres, in place of prompts: lists (K, D), or K lists of vectors, or a dict of those by modality;
+        centres: the class centres, in place of prompts: lists (K, D), or K lists of vectors, or a dict of those by modality;
             or a ``.npy`` or ``.safetensors`` file.
-        center_sha256: SHA-256 of the centres by modality. Recorded when they are made; other centres are refused then.
+        centre_sha256: SHA-256 of the centres by modality. Recorded when they are made; other centres are refused then.
         head: ``"linear"``, an affine map that starts as the identity, or ``"residual_mlp"``.
         head_width: width inside ``residual_mlp``; that of the embeddings if omitted.
         objective: ``"ce"``, ``"l2"`` or ``"nce"``; a dict of weights sums several.
-        beta: weight of the regulariser; 0 is the control.
+        regulariser_weight: beta; 0 is the control.
         clean_identity: let the regulariser hold the head to the identity on clean inputs. Without it only attacked inputs
             train, as the abstract has it, and clean embeddings drift.
         target: what the attacks of training go through: ``"backbone"``, the bare encoder, or ``"full"``, encoder and head as
@@ -132,7 +131,7 @@ class AdversarialCalibration(FrozenEncodersModule):
 
     Example:
         >>> model = AdversarialCalibration(
-        ...     {"image": "zoo/resnet8"}, encoder_options={"image": {"in_chans": 1}}, centers=torch.eye(10, 64).tolist()
+        ...     {"image": "zoo/resnet8"}, encoder_options={"image": {"in_chans": 1}}, centres=torch.eye(10, 64).tolist()
         ... )
         >>> model.logits("image", torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 10])
@@ -145,14 +144,14 @@ class AdversarialCalibration(FrozenEncodersModule):
         encoder_options: dict[str, dict[str, Any]] | None = None,
         text: str | dict[str, Any] | nn.Module | None = None,
         text_options: dict[str, Any] | None = None,
-        classes: list[str] | None = None,
+        class_names: list[str] | None = None,
         templates: dict[str, list[str]] | None = None,
-        centers: str | list[Any] | dict[str, Any] | None = None,
-        center_sha256: dict[str, str] | None = None,
+        centres: str | list[Any] | dict[str, Any] | None = None,
+        centre_sha256: dict[str, str] | None = None,
         head: CalibrationHead = "linear",
         head_width: int | None = None,
         objective: Literal["ce", "l2", "nce"] | dict[str, float] = "l2",
-        beta: float = 0.1,
+        regulariser_weight: float = 0.1,
         clean_identity: bool = True,
         target: Literal["backbone", "full"] = "backbone",
         cache_attacks: bool = True,
@@ -183,12 +182,12 @@ class AdversarialCalibration(FrozenEncodersModule):
             if value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
         objectives = CalibrationObjective(
-            objective_weights(objective), beta, clean_identity, scale, pool, temperature, symmetric,
+            objective_weights(objective), regulariser_weight, clean_identity, scale, pool, temperature, symmetric,
             same_class_negatives, chunk_size,
         )  # fmt: skip
         super().__init__(
-            encoders, encoder_options=encoder_options, text=text, text_options=text_options, classes=classes,
-            templates=templates, centers=centers, center_sha256=center_sha256, head=head, head_width=head_width,
+            encoders, encoder_options=encoder_options, text=text, text_options=text_options, class_names=class_names,
+            templates=templates, centres=centres, centre_sha256=centre_sha256, head=head, head_width=head_width,
             scale=scale, pool=pool, max_trainable_share=max_trainable_share,
         )  # fmt: skip
         self.objective = objectives
@@ -297,7 +296,7 @@ class AdversarialCalibration(FrozenEncodersModule):
         """Return the terms of the loss, unweighted; see `zoo.calibration_objective.CalibrationObjective.terms`."""
         head: Any = self.heads[modality]
         return self.objective.terms(
-            head, clean, attacked, labels, self.class_centers(modality), gather=self.spans_processes
+            head, clean, attacked, labels, self.class_centres(modality), gather=self.spans_processes
         )
 
     def configure_optimizers(self) -> Any:

@@ -40,11 +40,11 @@ class CLIP(TwoTowerModule):
         init_scale: start of the scale, the inverse temperature; 1 / 0.07 in CLIP, 10 in LiT.
         max_scale: bound of the scale.
         learn_scale: learn its logarithm.
-        recall: the k of the retrieval metrics.
+        k: the k of the retrieval metrics.
         chunk_size: tile of the loss; the engine chooses if omitted.
         lr: learning rate of the default optimizer, AdamW.
         weight_decay: its weight decay; biases, norms and the scale have none.
-        warmup: share of the steps in which the learning rate grows linearly, before it falls as a cosine to 0.
+        lr_warmup_share: share of the steps in which the learning rate grows linearly, before it falls as a cosine to 0.
 
     Raises:
         InputError: a tower cannot be built, or a value is out of range.
@@ -69,17 +69,17 @@ class CLIP(TwoTowerModule):
         init_scale: float = 1 / 0.07,
         max_scale: float = 100.0,
         learn_scale: bool = True,
-        recall: Sequence[int] = (1, 5, 10),
+        k: Sequence[int] = (1, 5, 10),
         chunk_size: int | None = None,
         lr: float = 5e-4,
         weight_decay: float = 0.1,
-        warmup: float = 0.05,
+        lr_warmup_share: float = 0.05,
     ) -> None:
         super().__init__(
             trained=trained, frozen=frozen, trained_modality=trained_modality, frozen_modality=frozen_modality,
             locked=locked, embed_dim=embed_dim, trained_options=trained_options, frozen_options=frozen_options,
-            init_scale=init_scale, max_scale=max_scale, learn_scale=learn_scale, recall=recall, chunk_size=chunk_size,
-            lr=lr, weight_decay=weight_decay, warmup=warmup,
+            init_scale=init_scale, max_scale=max_scale, learn_scale=learn_scale, k=k, chunk_size=chunk_size,
+            lr=lr, weight_decay=weight_decay, lr_warmup_share=lr_warmup_share,
         )  # fmt: skip
 
     def batch_loss(self, trained: Tensor, frozen: Tensor, features: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from zoo.errors import InputError
+from zoo.errors import InputError, require_choice
 from zoo.item_graph import ItemGraph, item_graph
 from zoo.losses.cm3 import alignment_loss, calibrated_uniformity_loss, calibration_statistics, uniformity_loss
 from zoo.losses.contracts import unit_rows
@@ -54,12 +54,12 @@ class CM3(RecommenderModule):
         num_items: number of items.
         feature_dims: modality -> width of its features.
         dim: d, width of a part; an embedding has (M + 1) d numbers.
-        layers: hops over the interactions; the released grid is 3 and 4.
-        item_layers: hops over the items' neighbours.
+        hops: hops over the interactions; the released grid is 3 and 4.
+        item_hops: hops over the items' neighbours.
         neighbours: k nearest neighbours of an item in each modality, itself included.
         modality_weights: modality -> weight of its neighbours, divided by their sum; equal ones if omitted. Released: image
             0.1, text 0.9.
-        gamma: weight of the uniformity, of which users and items have half each; released: 0.5 and 0.9.
+        uniformity_weight: gamma; users and items have half of it each. Released: 0.5 and 0.9.
         min_similarity: lower bound of the similarity of two items' fused features.
         max_similarity: upper bound; released: 0.8 and 1. With 1 for both, the uniformity is not calibrated: the control.
         detach_similarity: whether the calibration leaves the fused features alone. Released: no, and they are then trained
@@ -82,7 +82,7 @@ class CM3(RecommenderModule):
     Example:
         >>> model = CM3(num_users=3, num_items=5, feature_dims={"image": 4, "text": 3}, dim=2)
         >>> sum(parameter.numel() for parameter in model.parameters())
-        155
+        149
     """
 
     sized_by_file = (
@@ -101,11 +101,11 @@ class CM3(RecommenderModule):
         num_items: int | None = None,
         feature_dims: dict[str, int] | None = None,
         dim: int = 64,
-        layers: int = 3,
-        item_layers: int = 1,
+        hops: int = 3,
+        item_hops: int = 1,
         neighbours: int = 10,
         modality_weights: dict[str, float] | None = None,
-        gamma: float = 0.5,
+        uniformity_weight: float = 0.5,
         min_similarity: float = 0.0,
         max_similarity: float = 0.8,
         detach_similarity: bool = False,
@@ -121,24 +121,18 @@ class CM3(RecommenderModule):
         weight_decay: float = 0.0,
     ) -> None:
         _check_choices(score=score, fusion=fusion)
-        super().__init__(
-            num_users=num_users,
-            num_items=num_items,
-            score=score,
-            k=k,
-            mask_validation=mask_validation,
-        )
+        super().__init__(num_users=num_users, num_items=num_items, score=score, k=k, mask_validation=mask_validation)
         _check(
-            dim=dim, layers=layers, item_layers=item_layers, neighbours=neighbours, gamma=gamma, alpha=alpha,
-            eval_lambda=eval_lambda, lr=lr, weight_decay=weight_decay,
+            dim=dim, hops=hops, item_hops=item_hops, neighbours=neighbours, uniformity_weight=uniformity_weight,
+            alpha=alpha, eval_lambda=eval_lambda, lr=lr, weight_decay=weight_decay,
         )  # fmt: skip
         self.feature_dims = feature_dims
         self.shape_options: dict[str, Any] = {
-            "dim": dim, "layers": layers, "item_layers": item_layers, "mode": fusion
+            "dim": dim, "hops": hops, "item_hops": item_hops, "mode": fusion
         }  # fmt: skip
         self.neighbours = neighbours
         self.modality_weights = modality_weights
-        self.gamma = gamma
+        self.uniformity_weight = uniformity_weight
         self.bounds: dict[str, Any] = {"min_similarity": min_similarity, "max_similarity": max_similarity}
         # A wrong bound is refused here, and not in the first step.
         calibration_statistics(torch.zeros(0, 1, device="cpu"), **self.bounds)
@@ -191,7 +185,7 @@ class CM3(RecommenderModule):
         self._features, self._present = features, present
         return {"feature_dims": {name: int(rows.shape[1]) for name, rows in features.items()}}
 
-    def fill(self, data: Any) -> None:
+    def fill(self) -> None:
         """Find the items' neighbours and make room for their parts; the first process alone searches."""
         graph = None
         if self._trainer is None or self.trainer.global_rank == 0:
@@ -297,7 +291,8 @@ class CM3(RecommenderModule):
         """Return the loss of one batch."""
         parts, fused = self._encode(self.fusion_weights((self.current_epoch << 32) + batch_idx))
         losses = self.losses(batch, parts, fused)
-        loss = losses["alignment"] + self.gamma * (losses["user_uniformity"] + losses["item_uniformity"]) / 2
+        apart = losses["user_uniformity"] + losses["item_uniformity"]
+        loss = losses["alignment"] + self.uniformity_weight * apart / 2
         logged = {f"train/{name}": value for name, value in losses.items()}
         self.log_dict({"train/loss": loss, **logged}, batch_size=len(batch["user"]))
         self._log_statistics(fused[batch["negative"]])
@@ -382,7 +377,7 @@ class CM3(RecommenderModule):
 
 
 def _check(**numbers: Any) -> None:
-    lowest = {"dim": 1, "layers": 0, "item_layers": 0, "neighbours": 1, "gamma": 0, "weight_decay": 0}
+    lowest = {"dim": 1, "hops": 0, "item_hops": 0, "neighbours": 1, "uniformity_weight": 0, "weight_decay": 0}
     for name, value in numbers.items():
         if name in ("alpha", "lr"):
             good, rule = 0 < value < float("inf"), "positive"
@@ -396,5 +391,4 @@ def _check(**numbers: Any) -> None:
 
 def _check_choices(**chosen: str) -> None:
     for name, value in chosen.items():
-        if value not in _CHOICES[name]:
-            raise InputError(f"{name} must be one of {', '.join(_CHOICES[name])}, got {value!r}")
+        require_choice(name, value, _CHOICES[name])

@@ -12,13 +12,13 @@ Popularity is the number of an item's interactions in training.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.errors import InputError
+from zoo.errors import InputError, require_choice
 from zoo.interaction_graph import propagate_interactions
 from zoo.losses.contracts import working_dtype
 from zoo.recommender import RecommenderModule
@@ -40,7 +40,7 @@ class RecommenderBaseline(RecommenderModule):
         num_users: number of users; taken from the data, as is the next.
         num_items: number of items.
         dim: width of the embeddings.
-        layers: hops over the interactions.
+        hops: hops over the interactions.
         score: ``"dot"`` or ``"cosine"``; popularity needs ``"dot"``.
         k: lengths of the lists in evaluation.
         mask_validation: whether the test leaves out the items of validation as well.
@@ -62,15 +62,14 @@ class RecommenderBaseline(RecommenderModule):
         num_users: int | None = None,
         num_items: int | None = None,
         dim: int = 64,
-        layers: int = 3,
+        hops: int = 3,
         score: Literal["dot", "cosine"] = "dot",
         k: Sequence[int] = (5, 10, 20, 50),
         mask_validation: bool = False,
         lr: float = 1e-3,
         weight_decay: float = 1e-4,
     ) -> None:
-        if kind not in ("lightgcn", "popularity"):
-            raise InputError(f"kind must be 'lightgcn' or 'popularity', got {kind!r}")
+        require_choice("kind", kind, ("lightgcn", "popularity"))
         if kind == "popularity" and score != "dot":
             raise InputError(f"kind='popularity' has one number an item: score must be 'dot', got {score!r}")
         super().__init__(
@@ -80,14 +79,14 @@ class RecommenderBaseline(RecommenderModule):
             k=k,
             mask_validation=mask_validation,
         )
-        for name, value, lowest in (("dim", dim, 1), ("layers", layers, 0), ("weight_decay", weight_decay, 0)):
+        for name, value, lowest in (("dim", dim, 1), ("hops", hops, 0), ("weight_decay", weight_decay, 0)):
             if not lowest <= value < float("inf"):
                 raise InputError(f"{name} must be finite and at least {lowest}, got {value}")
         if not 0 < lr < float("inf"):
             raise InputError(f"lr must be positive, got {lr}")
         self.kind = kind
         self.dim = dim
-        self.layers = layers
+        self.hops = hops
         self.lr = lr
         self.weight_decay = weight_decay
         if None not in (num_users, num_items):
@@ -101,7 +100,7 @@ class RecommenderBaseline(RecommenderModule):
             return _Table(torch.zeros(self.num_items, 1), learned=False)
         return _Table(_SCALE * torch.randn(self.num_users + self.num_items, self.dim), learned=True)
 
-    def fill(self, data: Any) -> None:
+    def fill(self) -> None:
         """Count the interactions of the items."""
         if self.kind == "popularity":
             counts = torch.bincount(self.seen().columns, minlength=self.num_items or 0)
@@ -119,7 +118,7 @@ class RecommenderBaseline(RecommenderModule):
         rows = self._rows.to(working_dtype(self._rows))
         if self.kind == "popularity":
             return rows.new_ones(self.num_users or 0, 1), rows
-        rows = propagate_interactions(self.graph(), rows, layers=self.layers, readout="mean")
+        rows = propagate_interactions(self.graph(), rows, hops=self.hops, readout="mean")
         users, items = rows.tensor_split([self.num_users or 0])
         return users, items
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from zoo.errors import InputError
+from zoo.errors import require_choice
 from zoo.losses import cwcl_loss, cwcl_statistics
 from zoo.two_towers import TwoTowerModule
 
@@ -29,7 +29,7 @@ _CHOICES = {
     "weighted_direction": ("trained", "both"),
     "kernel": ("affine", "power", "exp", "topk"),
     "weight_source": ("frozen", "projected"),
-    "reduction": ("sum", "mean"),
+    "direction_reduction": ("sum", "mean"),
 }
 
 
@@ -52,24 +52,24 @@ class CWCL(TwoTowerModule):
         embed_dim: width of the common space; that of the frozen tower, which then needs no head, if omitted.
         trained_options: options for the builder of a named tower, such as ``{width: 128}``.
         frozen_options: the same for the frozen tower.
-        weighted_direction: ``"trained"`` weighs the direction whose anchors are the trained embeddings (the paper);
-            ``"both"`` weighs the other as well.
+        weighted_direction: ``"trained"`` weights the direction whose anchors are the trained embeddings (the paper);
+            ``"both"`` weights the other as well.
         weight_source: features that the weights come from: ``"frozen"``, the frozen tower's own, or ``"projected"``, those
             behind its head, which then move with training. The same without a head.
         kernel: ``"affine"`` is the paper's; ``"power"``, ``"exp"`` and ``"topk"`` sharpen the weights and are ours; see
             `zoo.losses.cwcl_loss`.
         exponent: of the kernel ``"power"``.
-        temperature: of the kernel ``"exp"``; that of the loss is 1 / scale.
+        kernel_temperature: of the kernel ``"exp"``; that of the loss is 1 / scale.
         neighbours: of the kernel ``"topk"``.
-        reduction: ``"sum"`` or ``"mean"`` of the two directions.
+        direction_reduction: ``"sum"`` or ``"mean"`` of the two directions.
         init_scale: start of the scale, the inverse temperature.
         max_scale: bound of the scale.
         learn_scale: learn its logarithm.
-        recall: the k of the retrieval metrics.
+        k: the k of the retrieval metrics.
         chunk_size: tile of the loss; the engine chooses if omitted.
         lr: learning rate of the default optimizer, AdamW.
         weight_decay: its weight decay; biases, norms and the scale have none.
-        warmup: share of the steps in which the learning rate grows linearly, before it falls as a cosine to 0.
+        lr_warmup_share: share of the steps in which the learning rate grows linearly, before it falls as a cosine to 0.
 
     Raises:
         InputError: a tower cannot be built, or a value is out of range.
@@ -94,44 +94,44 @@ class CWCL(TwoTowerModule):
         weight_source: Literal["frozen", "projected"] = "frozen",
         kernel: Literal["affine", "power", "exp", "topk"] = "affine",
         exponent: float = 2.0,
-        temperature: float = 0.1,
+        kernel_temperature: float = 0.1,
         neighbours: int = 8,
-        reduction: Literal["sum", "mean"] = "sum",
+        direction_reduction: Literal["sum", "mean"] = "sum",
         init_scale: float = 1 / 0.07,
         max_scale: float = 100.0,
         learn_scale: bool = True,
-        recall: Sequence[int] = (1, 5, 10),
+        k: Sequence[int] = (1, 5, 10),
         chunk_size: int | None = None,
         lr: float = 5e-4,
         weight_decay: float = 0.1,
-        warmup: float = 0.05,
+        lr_warmup_share: float = 0.05,
     ) -> None:
         super().__init__(
             trained=trained, frozen=frozen, trained_modality=trained_modality, frozen_modality=frozen_modality,
             locked=True, embed_dim=embed_dim, trained_options=trained_options, frozen_options=frozen_options,
-            init_scale=init_scale, max_scale=max_scale, learn_scale=learn_scale, recall=recall, chunk_size=chunk_size,
-            lr=lr, weight_decay=weight_decay, warmup=warmup,
+            init_scale=init_scale, max_scale=max_scale, learn_scale=learn_scale, k=k, chunk_size=chunk_size,
+            lr=lr, weight_decay=weight_decay, lr_warmup_share=lr_warmup_share,
         )  # fmt: skip
         given = {
             "weighted_direction": weighted_direction, "kernel": kernel, "weight_source": weight_source,
-            "reduction": reduction,
+            "direction_reduction": direction_reduction,
         }  # fmt: skip
         for name, value in given.items():
-            if value not in _CHOICES[name]:
-                raise InputError(f"{name} must be one of {', '.join(_CHOICES[name])}, got {value!r}")
+            require_choice(name, value, _CHOICES[name])
         self.weight_source = weight_source
         self.weighted_direction = weighted_direction
         self.kernel_options: dict[str, Any] = {
-            "kernel": kernel, "exponent": exponent, "temperature": temperature, "neighbours": neighbours,
+            "kernel": kernel, "exponent": exponent, "kernel_temperature": kernel_temperature, "neighbours": neighbours,
         }  # fmt: skip
-        self.reduction = reduction
+        self.direction_reduction = direction_reduction
 
     def batch_loss(self, trained: Tensor, frozen: Tensor, features: Tensor) -> Tensor:
         """Return the loss of a batch; see `TwoTowerModule.batch_loss`."""
         weights = features if self.weight_source == "frozen" else frozen
         loss = cwcl_loss(
             trained, frozen, scale=self.scale, weight_features=weights, weighted_direction=self.weighted_direction,
-            reduction=self.reduction, gather=self.spans_processes, chunk_size=self.chunk_size, **self.kernel_options,
+            direction_reduction=self.direction_reduction, gather=self.spans_processes, chunk_size=self.chunk_size,
+            **self.kernel_options,
         )  # fmt: skip
         self._log_statistics(trained, frozen, weights)
         return loss

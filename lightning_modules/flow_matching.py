@@ -36,8 +36,8 @@ class FlowMatching(GenerationModule):
     A batch is a dict: "image" (B, C, H, W), in the units in which images are to come out, "text" (B, L), tokens of the
     captions, and for evaluation with a classifier "label" (B,), the class that the caption asks for.
 
-    Called with tokens, the module returns one image for each, from fixed noise, at ``steps`` and ``guidance``; `sample` has
-    every choice.
+    Called with tokens, the module returns one image for each, from fixed noise, at ``sample_steps`` and ``guidance``;
+    `sample` has every choice.
 
     Logged: ``train/loss``. In validation ``val/loss``, the mean over five fixed times and fixed noise, always of the right
     caption. With a classifier, at the end of a validation, on the captions of its first ``eval_samples`` images and on fixed
@@ -57,19 +57,19 @@ class FlowMatching(GenerationModule):
         caption_dropout: share of the captions that are left out in training.
         caption_noise: share of the captions that are another image's of the batch in training: a misalignment that is
             put in on purpose, to study its repair.
-        steps: Euler steps of a sample.
+        sample_steps: Euler steps of a sample.
         guidance: of a sample; 1 is none. The same in evaluation.
         eval_samples: images that an evaluation samples in each process, at most; 0 for none.
         lr: learning rate of the default optimizer, AdamW.
         weight_decay: its weight decay.
-        warmup_steps: optimizer steps over which the learning rate grows to ``lr``.
+        lr_warmup_steps: optimizer steps over which the learning rate grows to ``lr``.
         decay: let the learning rate fall to 0 over the run, as a cosine, after the warm-up.
 
     Raises:
         InputError: a value is out of range, the backbone lacks a member, or a tower cannot be built.
 
     Example:
-        >>> model = FlowMatching(backbone_options={"vocab_size": 100, "depth": 2}, steps=4)
+        >>> model = FlowMatching(backbone_options={"vocab_size": 100, "depth": 2}, sample_steps=4)
         >>> model(torch.tensor([[1, 7, 2, 0], [1, 8, 2, 0]])).shape
         torch.Size([2, 1, 8, 8])
     """
@@ -89,29 +89,29 @@ class FlowMatching(GenerationModule):
         time_std: float = 1.0,
         caption_dropout: float = 0.1,
         caption_noise: float = 0.0,
-        steps: int = 20,
+        sample_steps: int = 20,
         guidance: float = 1.0,
         eval_samples: int = 100,
         lr: float = 1e-3,
         weight_decay: float = 0.01,
-        warmup_steps: int = 100,
+        lr_warmup_steps: int = 100,
         decay: bool = False,
     ) -> None:
-        super().__init__(classifier=classifier, classifier_options=classifier_options, limit=eval_samples)
+        super().__init__(classifier=classifier, classifier_options=classifier_options, eval_samples=eval_samples)
         _check(
-            time_std=time_std, caption_dropout=caption_dropout, caption_noise=caption_noise, steps=steps,
-            guidance=guidance, eval_samples=eval_samples, lr=lr, weight_decay=weight_decay, warmup_steps=warmup_steps,
+            time_std=time_std, caption_dropout=caption_dropout, caption_noise=caption_noise, sample_steps=sample_steps,
+            guidance=guidance, eval_samples=eval_samples, lr=lr, weight_decay=weight_decay, lr_warmup_steps=lr_warmup_steps,
         )  # fmt: skip
         self.backbone: Any = _backbone(backbone, backbone_options)
         self.time_mean = time_mean
         self.time_std = time_std
         self.caption_dropout = caption_dropout
         self.caption_noise = caption_noise
-        self.steps = steps
+        self.sample_steps = sample_steps
         self.guidance = guidance
         self.lr = lr
         self.weight_decay = weight_decay
-        self.warmup_steps = warmup_steps
+        self.lr_warmup_steps = lr_warmup_steps
         self.decay = decay
 
     # -- samples ---------------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ class FlowMatching(GenerationModule):
         """
         latents = sample(
             self.backbone, self.backbone.condition(text), noise=noise, generator=generator,
-            steps=self.steps if steps is None else steps, guidance=self.guidance if guidance is None else guidance,
+            steps=self.sample_steps if steps is None else steps, guidance=self.guidance if guidance is None else guidance,
         )  # fmt: skip
         images: Tensor = self.backbone.images(latents)
         return images
@@ -154,7 +154,7 @@ class FlowMatching(GenerationModule):
 
     def draw_samples(self, text: Tensor | list[str], *, seed: int = 0) -> Tensor:
         """Return an image (B, C, H, W) of each text, from noise that depends on the seed alone."""
-        return sample_prompts(self.backbone, text, steps=self.steps, guidance=self.guidance, seed=seed)
+        return sample_prompts(self.backbone, text, steps=self.sample_steps, guidance=self.guidance, seed=seed)
 
     def example_input(self, generator: torch.Generator) -> Tensor | None:
         """Return seeded tokens (1, L) for the golden output, or None for a backbone that does not say how many it has."""
@@ -219,10 +219,10 @@ class FlowMatching(GenerationModule):
             raise InputError("decay needs a run of known length: set max_steps, or max_epochs over data with a length")
 
         def factor(step: int) -> float:
-            rising = min(1.0, (step + 1) / (self.warmup_steps + 1))
+            rising = min(1.0, (step + 1) / (self.lr_warmup_steps + 1))
             if not self.decay:
                 return rising
-            done = (step - self.warmup_steps) / max(1.0, total - self.warmup_steps)
+            done = (step - self.lr_warmup_steps) / max(1.0, total - self.lr_warmup_steps)
             return rising * 0.5 * (1.0 + math.cos(math.pi * min(1.0, max(0.0, done))))
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -260,7 +260,7 @@ def _parts(batch: Any) -> tuple[Tensor, Tensor]:
 
 
 def _check(**numbers: float) -> None:
-    positive, whole = {"lr"}, {"steps": 1, "eval_samples": 0, "warmup_steps": 0}
+    positive, whole = {"lr"}, {"sample_steps": 1, "eval_samples": 0, "lr_warmup_steps": 0}
     for name, value in numbers.items():
         if name in ("caption_dropout", "caption_noise"):
             good, rule = 0 <= value < 1, "in [0, 1)"

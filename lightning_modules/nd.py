@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from zoo import hub, towers
 from zoo.class_means import compute_class_means
-from zoo.errors import InputError
+from zoo.errors import InputError, require_choice
 from zoo.evaluation import ClassificationModule, check_batch
 from zoo.features import FeatureTap, OutputTap
 from zoo.losses import dist_loss, dkd_loss, kd_loss, nd_loss, nd_statistics, review_kd_loss
@@ -381,8 +381,7 @@ class NDDistillation(ClassificationModule):
 
 def _check_options(**options: Any) -> None:
     for name, allowed in {"base": _BASES, "nd_reduction": ("mean", "class")}.items():
-        if options[name] not in allowed:
-            raise InputError(f"{name} must be one of {', '.join(allowed)}, got {options[name]!r}")
+        require_choice(name, options[name], allowed)
     if options["temperature"] <= 0:
         raise InputError(f"temperature must be positive, got {options['temperature']}")
     for name in ("nd_weight", "kd_weight", "ce_weight", "warmup_epochs", "nd_warmup_epochs"):

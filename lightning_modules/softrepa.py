@@ -27,7 +27,7 @@ from zoo.backbones import frozen_backbone
 from zoo.captioned_batch import CaptionedBatch, MaskEqual, error_statistics, own_errors, read_captioned
 from zoo.denoisers import denoising_errors
 from zoo.error_matrix import Contrast, Pairs, contrast
-from zoo.errors import InputError, nearest
+from zoo.errors import InputError, require_choice
 from zoo.generation_evaluation import sample_prompts
 from zoo.generation_module import GenerationModule
 from zoo.losses.ranks import rank_and_size
@@ -77,7 +77,7 @@ class SoftREPA(GenerationModule):
         start: ``"normal"``; or ``"bos"``, which adds the embedding of the first token of the empty caption, as the paper
             does for Stable Diffusion 1.5.
         width: width of a token, recorded from the backbone.
-        layers: layers of the bank, recorded.
+        depth: how many blocks the bank is for, recorded.
         objective: ``"softrepa"``; or ``"denoising"``, the control: the mean E[i, i] and nothing else.
         temperature: of the errors; must be of their order. ``train/live_pairs`` says whether it is.
         scale: factor of the scores.
@@ -88,11 +88,11 @@ class SoftREPA(GenerationModule):
         micro_batch: pairs in one pass of the denoiser, at most.
         negatives: compare each image with so many other captions, drawn anew, in place of all: cheaper, and not exact.
         gather_negatives: under several processes, compare with the captions of all; each process has its own otherwise.
-        val_timesteps: times of the validation, 0 … 999.
+        eval_timesteps: times of the evaluation, 0 … 999.
         classifier: a tower that says which class a sampled image shows; without it nothing is sampled. For backbones
             of this zoo.
         classifier_options: options for its builder.
-        val_samples: images to sample in validation.
+        eval_samples: images that an evaluation samples in each process, at most; 0 for none.
         sample_steps: Euler steps of a sample.
         guidance: of the samples; 1 is none.
         lr: learning rate of the default optimizer, AdamW.
@@ -111,7 +111,7 @@ class SoftREPA(GenerationModule):
         >>> from zoo.architectures.tiny_mmdit import TinyTextToImage
         >>> model = SoftREPA(TinyTextToImage(vocab_size=10), tokens=4, blocks=[0, 1])
         >>> model.bank
-        SoftTokens(layers=2, tokens=4, width=64, buckets=100)
+        SoftTokens(depth=2, tokens=4, width=64, buckets=100)
     """
 
     deployable = "bank"
@@ -130,7 +130,7 @@ class SoftREPA(GenerationModule):
         init_std: float = 0.02,
         start: Literal["normal", "bos"] = "normal",
         width: int | None = None,
-        layers: int | None = None,
+        depth: int | None = None,
         objective: Literal["softrepa", "denoising"] = "softrepa",
         temperature: float = 0.07,
         scale: float = 4.0,
@@ -140,10 +140,10 @@ class SoftREPA(GenerationModule):
         micro_batch: int | None = None,
         negatives: int | None = None,
         gather_negatives: bool = False,
-        val_timesteps: Sequence[int] = (100, 300, 500, 700, 900),
+        eval_timesteps: Sequence[int] = (100, 300, 500, 700, 900),
         classifier: str | dict[str, Any] | nn.Module | None = None,
         classifier_options: dict[str, Any] | None = None,
-        val_samples: int = 200,
+        eval_samples: int = 200,
         sample_steps: int = 28,
         guidance: float = 1.0,
         lr: float = 1e-3,
@@ -151,7 +151,7 @@ class SoftREPA(GenerationModule):
         schedule: Literal["cosine_restarts", "constant"] = "cosine_restarts",
         restart_steps: int = 5000,
     ) -> None:
-        super().__init__(classifier=classifier, classifier_options=classifier_options, limit=val_samples)
+        super().__init__(classifier=classifier, classifier_options=classifier_options, eval_samples=eval_samples)
         _check_choices(objective=objective, pairs=pairs, start=start, mask_equal=mask_equal, schedule=schedule)
         self.objective = objective
         self.mask_equal = mask_equal
@@ -160,7 +160,7 @@ class SoftREPA(GenerationModule):
             "diagonal_weight": diagonal_weight, "pairs": pairs, "micro_batch": micro_batch, "negatives": negatives,
         }  # fmt: skip
         self.gather_negatives = gather_negatives
-        self.val_timesteps = _timesteps(val_timesteps)
+        self.eval_timesteps = _timesteps(eval_timesteps)
         self.sample_options: dict[str, Any] = {"steps": sample_steps, "guidance": guidance}
         self.lr = _positive("lr", lr)
         self.weight_decay = weight_decay
@@ -169,13 +169,13 @@ class SoftREPA(GenerationModule):
         self.places: Sequence[int | str] | None = None if blocks is None else list(blocks)
         if backbone is not None:
             self.attach_frozen("backbone", frozen_backbone(backbone, backbone_options))
-            width, layers = self._fit_backbone(shared, width, layers)
-        if width is None or layers is None:
+            width, depth = self._fit_backbone(shared, width, depth)
+        if width is None or depth is None:
             raise InputError(
                 "backbone must be given: a stored FlowMatching, a diffusers name such as "
                 "'diffusers/stabilityai/stable-diffusion-3-medium-diffusers', or a module"
             )
-        self.bank = SoftTokens(layers, tokens, width, buckets, init_std=init_std)
+        self.bank = SoftTokens(depth, tokens, width, buckets, init_std=init_std)
         if start == "bos" and backbone is not None:
             self.bank.start_at(self._backbone.condition([""])["encoder_hidden_states"][0, 0])
         self._attachment: Attachment | None = None
@@ -189,20 +189,20 @@ class SoftREPA(GenerationModule):
             )
         return self.frozen_towers["backbone"].network
 
-    def _fit_backbone(self, shared: bool | None, width: int | None, layers: int | None) -> tuple[int, int]:
+    def _fit_backbone(self, shared: bool | None, width: int | None, depth: int | None) -> tuple[int, int]:
         """Read the sizes of the bank off the backbone, and record them for a model that is loaded without it."""
         denoiser = self._backbone.denoiser
         places = token_places(denoiser, self.places)
         if shared is None:
             shared = not text_blocks(network_of(denoiser)).joint
-        found = {"width": token_width(denoiser), "layers": 1 if shared else len(places)}
-        for name, ours in (("width", width), ("layers", layers)):
+        found = {"width": token_width(denoiser), "depth": 1 if shared else len(places)}
+        for name, ours in (("width", width), ("depth", depth)):
             if ours is not None and ours != found[name]:
                 raise InputError(f"{name} is {ours}, but {found[name]} for this backbone: leave it out")
         self.places = places
         self._arguments.update(found, blocks=places)
         self.hparams.update(found, blocks=places)
-        return found["width"], found["layers"]
+        return found["width"], found["depth"]
 
     # -- use -------------------------------------------------------------------------------------------------------
 
@@ -218,7 +218,7 @@ class SoftREPA(GenerationModule):
         return attach(denoiser, self.bank, self.places)
 
     def forward(self, timestep: Tensor) -> Tensor:
-        """Return the tokens (B, layers, tokens, width) at times (B,) in 0 … 1000."""
+        """Return the tokens (B, depth, tokens, width) at times (B,) in 0 … 1000."""
         found: Tensor = self.bank(timestep)
         return found
 
@@ -353,7 +353,7 @@ class SoftREPA(GenerationModule):
         given = self._read(batch, generator)
         noise = torch.randn(given.clean[:1].shape, generator=generator).to(given.clean.device)
         found: dict[str, list[Tensor]] = {}
-        for time in self.val_timesteps:
+        for time in self.eval_timesteps:
             result = self._contrast(given, torch.tensor([time], device=noise.device), noise)
             statistics = self._statistics(result.errors, given.first_row)
             statistics[f"positive_error/t{time}"] = statistics["positive_error"]
@@ -381,7 +381,7 @@ class SoftREPA(GenerationModule):
 
 def _timesteps(times: Sequence[int]) -> list[int]:
     if not times or any(not 0 <= time < _TIMES for time in times):
-        raise InputError(f"val_timesteps must be at least one time in 0 … {_TIMES - 1}, got {list(times)}")
+        raise InputError(f"eval_timesteps must be at least one time in 0 … {_TIMES - 1}, got {list(times)}")
     return [int(time) for time in times]
 
 
@@ -393,6 +393,4 @@ def _positive(name: str, value: float) -> float:
 
 def _check_choices(**chosen: str) -> None:
     for name, value in chosen.items():
-        if value not in _CHOICES[name]:
-            known = _CHOICES[name]
-            raise InputError(f"{name} must be one of {', '.join(known)}, got {value!r}.{nearest(value, known)}")
+        require_choice(name, value, _CHOICES[name])

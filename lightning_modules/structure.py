@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from zoo.alignment_heads import HeadName
 from zoo.canonical_correlation import CanonicalHead, PairMoments, fit_heads, pair_moments, whiten_heads
-from zoo.errors import InputError
+from zoo.errors import InputError, require_choice
 from zoo.losses import clip_loss, siglip_loss
 from zoo.losses.ranks import sum_over_ranks
 from zoo.losses.structure import structure_loss, structure_statistics
@@ -62,8 +62,8 @@ class StructureAlignment(TwoHeadModule):
     Logged: ``train/loss``; ``train/base_loss`` and ``train/structure_loss`` (mean of both modalities), unweighted;
     ``train/structure_weight``; every ``log_every_n_steps`` steps ``structure/{modality}/diagonal_mass`` and
     ``…/effective_neighbours``, which say whether the temperature suits the encoder. In validation ``val/base_loss``,
-    ``val/structure_loss`` and ``val/loss``, at the full weight in every epoch; ``val/retrieval/{a}_to_{b}/r{k}``;
-    ``val/structure/{modality}``, the Spearman correlation of the cosines of embeddings and frozen features;
+    ``val/structure_loss`` and ``val/loss``, at the full weight in every epoch; ``val/retrieval/{a}_to_{b}/r{k}`` and
+    ``…/median_rank``; ``val/structure/{modality}``, the rank correlation of the cosines of embeddings and frozen features;
     ``val/trustworthiness/{modality}`` and ``val/continuity/{modality}``, over at most 2,000 samples of a split that has more
     than twice ``kept_neighbours``; and ``val/zero_shot/{name}`` where the data module has ``zero_shot_prompts()``. The same
     under ``test/``.
@@ -76,10 +76,10 @@ class StructureAlignment(TwoHeadModule):
         text_layer: the same for the text tower.
         image_dim: width of that layer; looked up at the start of fit if omitted.
         text_dim: the same for the text tower.
-        layers: how layers are chosen: ``"select"``, the pair of blocks with the highest mutual kNN score, or ``"last"``, the
-            last blocks.
+        layer_choice: how layers are chosen: ``"select"``, the pair of blocks with the highest mutual kNN score, or
+            ``"last"``, the last blocks.
         neighbours: k of the choice: a number, or ``"rice"``, ``"sqrt"`` or ``"sturges"``.
-        selection_samples: pairs of the choice, at most.
+        selection_samples: pairs that the choice is made from, at most.
         head: ``"linear"``, ``"low_rank_released"`` (the paper's MLP, whose branch is dead as released), ``"low_rank"`` or
             ``"mlp"``.
         embed_dim: width of the common space.
@@ -101,11 +101,11 @@ class StructureAlignment(TwoHeadModule):
         centering: ``"mean"``, ``"none"``, ``"standard"`` or ``"before"``.
         margin: divergence in nats that costs nothing.
         use_only_unimodal: where a batch has rows without a partner, regularise with them alone.
-        cache: folder for the features of the chosen layers, written at the first fit: training then neither runs the towers
-            nor reads their inputs. It shows each training sample as evaluation does, unaugmented and with one caption. The
-            data module must be one of the zoo's. None runs the towers in each step.
+        layer_cache: folder for the features of the chosen layers, written at the first fit: training then neither runs the
+            towers nor reads their inputs. It shows each training sample as evaluation does, unaugmented and with one
+            caption. The data module must be one of the zoo's. Without it the towers run in each step.
         pad_id: token number of padding, where the text tower does not know it.
-        recall: the k of the retrieval metrics.
+        k: the k of the retrieval metrics.
         kept_neighbours: k of trustworthiness and continuity in evaluation, which take time quadratic in up to 2,000 samples;
             None for neither. The paper's k are 100 and 1,000.
         chunk_size: tile of the losses; the engines choose if omitted.
@@ -135,7 +135,7 @@ class StructureAlignment(TwoHeadModule):
         text_layer: str | None = None,
         image_dim: int | None = None,
         text_dim: int | None = None,
-        layers: Literal["select", "last"] = "select",
+        layer_choice: Literal["select", "last"] = "select",
         neighbours: int | Literal["rice", "sqrt", "sturges"] = "rice",
         selection_samples: int = 5000,
         head: HeadName = "linear",
@@ -155,9 +155,9 @@ class StructureAlignment(TwoHeadModule):
         centering: Literal["mean", "none", "standard", "before"] = "mean",
         margin: float = 0.0,
         use_only_unimodal: bool = False,
-        cache: str | None = None,
+        layer_cache: str | None = None,
         pad_id: int | None = None,
-        recall: Sequence[int] = (1, 5, 10),
+        k: Sequence[int] = (1, 5, 10),
         kept_neighbours: int | None = 10,
         chunk_size: int | None = None,
         lr: float = 1e-3,
@@ -168,9 +168,9 @@ class StructureAlignment(TwoHeadModule):
             raise InputError(f"base='csa' gives linear maps: head must be 'linear', got {head!r}")
         super().__init__(
             image=image, text=text, image_layer=image_layer, text_layer=text_layer, image_dim=image_dim, text_dim=text_dim,
-            layers=layers, neighbours=neighbours, selection_samples=selection_samples,
+            layer_choice=layer_choice, neighbours=neighbours, selection_samples=selection_samples,
             head="canonical" if base == "csa" else head, embed_dim=embed_dim, image_options=image_options,
-            text_options=text_options, cache=cache, pad_id=pad_id, recall=recall, kept_neighbours=kept_neighbours,
+            text_options=text_options, layer_cache=layer_cache, pad_id=pad_id, k=k, kept_neighbours=kept_neighbours,
         )  # fmt: skip
         _check(
             structure_weight=structure_weight, warmup_steps=warmup_steps, temperature=temperature, margin=margin,
@@ -384,5 +384,4 @@ def _check(**numbers: Any) -> None:
 
 def _check_choices(**chosen: str) -> None:
     for name, value in chosen.items():
-        if value not in _CHOICES[name]:
-            raise InputError(f"{name} must be one of {', '.join(_CHOICES[name])}, got {value!r}")
+        require_choice(name, value, _CHOICES[name])

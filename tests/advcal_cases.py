@@ -35,7 +35,7 @@ WEIGHT = torch.tensor([
     [-0.5843329880530822, -0.6150232523197001, -0.05124349276396276, 0.9198208835057113,
      0.5840091515431668, 0.23618343373263073, -0.24167861017255474, -1.0302638688180596],
 ], dtype=torch.float64)
-SINGLE_CENTERS = torch.tensor([
+SINGLE_CENTRES = torch.tensor([
     [0.3264514302720703, 0.5843970775487445, 0.6173596531737672, 0.40765070524557434, 0.06780472381595476],
     [0.6340396916668176, 0.3791314403230247, -0.08431938605405635, -0.44485011876517344, -0.4992510724272043],
     [0.48182590028596933, -0.3371926914528595, -0.5446038765707663, -0.34645322857148186, -0.48736194833089097],
@@ -67,7 +67,7 @@ SIGNS = torch.tensor([
 ], dtype=torch.float64)
 # fmt: on
 LABELS = torch.tensor([0, 2, 1, 0, 1, 2])
-CENTERS = SINGLE_CENTERS.view(3, 2, 5)  # two for each of three classes
+CENTRES = SINGLE_CENTRES.view(3, 2, 5)  # two for each of three classes
 START = INPUTS + SIGNS * EPS / 2
 
 
@@ -81,4 +81,4 @@ def head(embeddings: Tensor, weight: Tensor = HEAD_WEIGHT, bias: Tensor = HEAD_B
 
 def logits(x: Tensor) -> Tensor:
     """Of the frozen encoder, by the mean of each class's centres."""
-    return SCALE * encode(x) @ F.normalize(CENTERS.mean(1), dim=1).t()
+    return SCALE * encode(x) @ F.normalize(CENTRES.mean(1), dim=1).t()

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from zoo.lightning_modules.advcal import AdversarialCalibration
 
-from tests.advcal_cases import BIAS, CENTERS, HEAD_BIAS, HEAD_WEIGHT, INPUTS, LABELS, WEIGHT
+from tests.advcal_cases import BIAS, CENTRES, HEAD_BIAS, HEAD_WEIGHT, INPUTS, LABELS, WEIGHT
 
 
 class Toy(nn.Module):
@@ -32,10 +32,10 @@ def toy(
 ) -> AdversarialCalibration:
     """The toy of the notes in float64, with its centres."""
     encoders: dict[str, Any] = {name: Toy() for name in modalities}
-    options = {"centers": CENTERS.tolist(), "scale": 10.0, "eval_steps": 4, "cache_attacks": False, **options}
+    options = {"centres": CENTRES.tolist(), "scale": 10.0, "eval_steps": 4, "cache_attacks": False, **options}
     model = AdversarialCalibration(encoders, **options).double()
-    assert model.centers is not None
-    model.centers = F.normalize(CENTERS, dim=2).expand_as(model.centers).clone()  # given in float32
+    assert model.centres is not None
+    model.centres = F.normalize(CENTRES, dim=2).expand_as(model.centres).clone()  # given in float32
     if given_head:
         for name in modalities:
             head: Any = model.heads[name]

@@ -49,7 +49,7 @@ def toy_data() -> Any:
 def toy_model(**options: Any) -> CM3:
     """The toy model in float64, with its parameters, and its data attached."""
     weights = {"image": 0.1, "text": 0.9}
-    model = CM3(dim=2, layers=2, neighbours=2, modality_weights=weights, **options)
+    model = CM3(dim=2, hops=2, neighbours=2, modality_weights=weights, **options)
     data = toy_data()
     model.attach(data)
     model.double()
@@ -80,4 +80,4 @@ def small_data(**options: Any) -> SyntheticInteractionsDataModule:
 
 def small_model(**options: Any) -> CM3:
     """A model for `small_data`."""
-    return CM3(**{"dim": 4, "layers": 2, "neighbours": 3, "k": (5, 20), **options})
+    return CM3(**{"dim": 4, "hops": 2, "neighbours": 3, "k": (5, 20), **options})

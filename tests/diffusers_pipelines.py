@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -180,3 +182,49 @@ def stable_diffusion_3(folder: Path, work: Path, *, t5: bool = True) -> Any:
     )
     pipeline.save_pretrained(folder)
     return pipeline
+
+
+MAKERS: dict[str, Callable[[Path, Path], Any]] = {
+    "sd": stable_diffusion,
+    "sdxl": stable_diffusion_xl,
+    "sd3": stable_diffusion_3,
+}
+
+
+def encoded(pipeline: Any, captions: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """What a pipeline tells its denoiser about captions, and what without them."""
+    name = type(pipeline).__name__
+    with torch.no_grad():
+        if name == "StableDiffusionPipeline":
+            both = pipeline.encode_prompt(captions, torch.device("cpu"), 1, do_classifier_free_guidance=True)
+            return tuple({"encoder_hidden_states": each} for each in both)
+        more = {"prompt_3": None, "max_sequence_length": T5_LENGTH} if name == "StableDiffusion3Pipeline" else {}
+        text, null, pooled, null_pooled = pipeline.encode_prompt(captions, prompt_2=None, **more)
+    if name == "StableDiffusion3Pipeline":
+        return tuple(
+            {"encoder_hidden_states": hidden, "pooled_projections": embeds}
+            for hidden, embeds in ((text, pooled), (null, null_pooled))
+        )
+    ids = pipeline._get_add_time_ids((512, 512), (0, 0), (512, 512), text.dtype, text_encoder_projection_dim=8)
+    ids = ids.repeat(len(captions), 1)
+    return tuple(
+        {"encoder_hidden_states": hidden, "text_embeds": embeds, "time_ids": ids}
+        for hidden, embeds in ((text, pooled), (null, null_pooled))
+    )
+
+
+def encoded_text(pipeline: Any) -> dict[str, torch.Tensor]:
+    return encoded(pipeline, CAPTIONS)[0]
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def edited(source: Path, folder: Path, file: str, change: Callable[[dict[str, Any]], object]) -> str:
+    """The name of a copy in which a JSON file is another."""
+    shutil.copytree(source, folder)
+    content = json.loads((folder / file).read_text())
+    change(content)
+    (folder / file).write_text(json.dumps(content))
+    return f"diffusers/{folder}"

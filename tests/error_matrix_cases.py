@@ -11,9 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zoo.error_matrix import Contrast, contrast
 from zoo.losses import softrepa_loss
 
-__all__ = ["SmallDenoiser", "kept_bytes", "plain"]
+__all__ = ["EXACT", "MODES", "SmallDenoiser", "gradient_of", "kept_bytes", "linear_errors", "plain", "run"]
+
+MODES = ["full", "rows", "two_pass"]
+EXACT: dict[str, Any] = {"rtol": 1e-11, "atol": 1e-13}
 
 
 class SmallDenoiser:
@@ -47,6 +51,15 @@ def plain(denoiser: SmallDenoiser, **options: Any) -> tuple[Tensor, Tensor, tupl
     gradient = torch.autograd.grad(loss, denoiser.tokens)
     denoiser.calls.clear()
     return loss.detach(), errors.detach(), gradient
+
+
+def run(denoiser: SmallDenoiser, **options: Any) -> Contrast:
+    sizes = {"rows": len(denoiser.images), "columns": len(denoiser.texts)}
+    return contrast(denoiser, parameters=denoiser.tokens, **sizes, **options)
+
+
+def gradient_of(loss: Tensor, denoiser: SmallDenoiser) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, denoiser.tokens)
 
 
 class _Kept:

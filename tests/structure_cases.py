@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from zoo.lightning_modules.structure import StructureAlignment
 
 WIDTHS = {"image": 6, "text": 5}
-SMALL_TEXT = {"width": 16, "layers": 2, "heads": 2}
+SMALL_TEXT = {"width": 16, "depth": 2, "heads": 2}
 
 
 def build(**options: Any) -> StructureAlignment:
@@ -18,7 +18,7 @@ def build(**options: Any) -> StructureAlignment:
     torch.manual_seed(0)
     given: dict[str, Any] = {
         "image": "zoo/features", "image_options": {"dim": WIDTHS["image"]}, "text": "zoo/features",
-        "text_options": {"dim": WIDTHS["text"]}, "embed_dim": 4, "recall": (1,), "warmup_steps": 4, "schedule": "cosine",
+        "text_options": {"dim": WIDTHS["text"]}, "embed_dim": 4, "k": (1,), "warmup_steps": 4, "schedule": "cosine",
         **options,
     }  # fmt: skip
     return StructureAlignment(given.pop("image"), given.pop("text"), **given)

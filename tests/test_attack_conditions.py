@@ -265,7 +265,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
         r"eps must be a number or a tensor that broadcasts to x, \(5, 2, 4, 4\), got shape \(3,\)",
     ),
     ({"steps": -1}, r"steps must be at least 0, got -1"),
-    ({"norm": "l3"}, r"norm must be 'linf' or 'l2', got 'l3'"),
+    ({"norm": "l3"}, r"norm must be one of linf, l2, got 'l3'"),
     ({"restarts": 0}, r"restarts must be at least 1"),
     ({"restarts": 2, "random_start": False}, r"and 1 with random_start=False, since all would be alike, got 2"),
     ({"micro_batch": 0}, r"micro_batch must be at least 1, or None for the whole batch, got 0"),

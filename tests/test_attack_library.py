@@ -30,7 +30,7 @@ def test_bad_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     ("options", "message"),
     [
         ({"attacks": ["sqare"]}, r"attacks must be of apgd-ce, apgd-dlr, square, got 'sqare'. Did you mean square"),
-        ({"norm": "l1"}, r"norm must be 'linf' or 'l2', got 'l1'"),
+        ({"norm": "l1"}, r"norm must be one of linf, l2, got 'l1'"),
         ({"eps": -1.0}, r"eps must be finite and not negative, got -1.0"),
         ({"x": torch.zeros(24, 64)}, r"x must be \(B, C, H, W\) in floating point, got shape \(24, 64\)"),
     ],

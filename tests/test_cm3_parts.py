@@ -80,7 +80,7 @@ def model() -> dict[str, Tensor]:
         for seed, side in ((0.4, mlp(image, 0.3, 0.9, 1.1)), (1.4, mlp(text, 0.5, 1.7, 2.2)), (2.4, mix))
     ]
     graph = interaction_graph(USERS, ITEMS, num_users=3, num_items=5)
-    nodes = propagate_interactions(graph, torch.cat(segments, 1), layers=2)
+    nodes = propagate_interactions(graph, torch.cat(segments, 1), hops=2)
     gates = wave(3.0, 3, 3).softmax(1).repeat_interleave(2, dim=1)
     similar = item_graph([image, text], k=2, modality_weights=[0.1, 0.9], dtype=torch.float64)
     items = nodes[3:]

@@ -178,7 +178,7 @@ def test_bad_input() -> None:
         Flow().add_noise(clean, clean, torch.zeros(3))
     with pytest.raises(InputError, match=r"alphas_cumprod must be one number for each step.*got shape \(1, 1000\)"):
         Epsilon(TABLE[None])
-    with pytest.raises(InputError, match="prediction must be 'epsilon' or 'v', got 'sample'"):
+    with pytest.raises(InputError, match="prediction must be one of epsilon, v, got 'sample'"):
         Epsilon(TABLE, "sample")
 
     class Pooling(Joint):

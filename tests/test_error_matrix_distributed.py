@@ -11,13 +11,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.error_matrix_cases import SmallDenoiser, plain
+from tests.error_matrix_cases import MODES, SmallDenoiser, plain
 from tests.processes import run_processes
 from zoo.error_matrix import contrast
 from zoo.losses import equal_captions, softrepa_gradient, softrepa_loss
 
 IMAGES = 6
-MODES = ["full", "rows", "two_pass"]
 OPTIONS: dict[str, Any] = {"temperature": 0.1, "diagonal_weight": 0.5}
 
 

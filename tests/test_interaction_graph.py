@@ -37,14 +37,14 @@ def embeddings(dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(NUM_USERS + NUM_ITEMS, 3, dtype=dtype).requires_grad_()
 
 
-@pytest.mark.parametrize("layers", [0, 1, 2, 5])
+@pytest.mark.parametrize("hops", [0, 1, 2, 5])
 @pytest.mark.parametrize("readout", ["sum", "mean"])
-def test_identity_dense(layers: int, readout: Literal["sum", "mean"]) -> None:
+def test_identity_dense(hops: int, readout: Literal["sum", "mean"]) -> None:
     """The recursion is the sum of the powers, and its gradient the transposed sum."""
-    powers = sum(np.linalg.matrix_power(dense_adjacency(), layer) for layer in range(layers + 1))
-    expected = powers / (layers + 1 if readout == "mean" else 1)
+    powers = sum(np.linalg.matrix_power(dense_adjacency(), layer) for layer in range(hops + 1))
+    expected = powers / (hops + 1 if readout == "mean" else 1)
     x = embeddings()
-    result = propagate_interactions(graph(), x, layers=layers, readout=readout)
+    result = propagate_interactions(graph(), x, hops=hops, readout=readout)
     np.testing.assert_allclose(result.detach().numpy(), expected @ x.detach().numpy(), atol=1e-13)
     probe = torch.randn_like(x)
     (gradient,) = torch.autograd.grad(result, x, probe)
@@ -61,21 +61,21 @@ def test_nothing_is_kept_for_the_backward_pass() -> None:
 
     wide = embeddings().detach().repeat(1, 20).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        propagate_interactions(graph(), wide, layers=3, readout="mean").sum().backward()
+        propagate_interactions(graph(), wide, hops=3, readout="mean").sum().backward()
     assert max(saved) < wide.numel() / 10
 
 
 def test_gradcheck() -> None:
     lists = graph()
-    assert torch.autograd.gradcheck(lambda x: propagate_interactions(lists, x, layers=3), embeddings())
-    assert torch.autograd.gradgradcheck(lambda x: propagate_interactions(lists, x, layers=3).square(), embeddings())
+    assert torch.autograd.gradcheck(lambda x: propagate_interactions(lists, x, hops=3), embeddings())
+    assert torch.autograd.gradgradcheck(lambda x: propagate_interactions(lists, x, hops=3).square(), embeddings())
 
 
 def test_input_stays_as_it_was() -> None:
     x = embeddings()
     before = x.detach().clone()
-    for layers in (0, 2):
-        result = propagate_interactions(graph(), x, layers=layers)
+    for hops in (0, 2):
+        result = propagate_interactions(graph(), x, hops=hops)
         result.detach().zero_()
         assert torch.equal(x, before)
 
@@ -84,9 +84,9 @@ def test_input_stays_as_it_was() -> None:
 def test_half_precision(dtype: torch.dtype) -> None:
     x = embeddings(dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        result = propagate_interactions(graph(), x, layers=3)
+        result = propagate_interactions(graph(), x, hops=3)
     assert result.dtype == torch.float32
-    expected = propagate_interactions(graph(), x.detach().double(), layers=3)
+    expected = propagate_interactions(graph(), x.detach().double(), hops=3)
     torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=1e-6)
     assert torch.autograd.grad(result.sum(), x)[0].dtype == dtype
 
@@ -94,7 +94,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
 def test_compile() -> None:
     lists, x = graph(), embeddings()
     compiled = torch.compile(propagate_interactions, fullgraph=True, backend="aot_eager")
-    result, expected = (function(lists, x, layers=2) for function in (compiled, propagate_interactions))
+    result, expected = (function(lists, x, hops=2) for function in (compiled, propagate_interactions))
     torch.testing.assert_close(result, expected)
     probe = torch.randn_like(x)
     torch.testing.assert_close(torch.autograd.grad(result, x, probe), torch.autograd.grad(expected, x, probe))
@@ -104,8 +104,8 @@ def test_no_interactions() -> None:
     none = torch.zeros(0, dtype=torch.int64)
     empty = interaction_graph(none, none, num_users=2, num_items=1)
     x = torch.randn(3, 2)
-    torch.testing.assert_close(propagate_interactions(empty, x, layers=2), x)
-    assert propagate_interactions(interaction_graph(none, none, num_users=0, num_items=0), x[:0], layers=2).shape == (
+    torch.testing.assert_close(propagate_interactions(empty, x, hops=2), x)
+    assert propagate_interactions(interaction_graph(none, none, num_users=0, num_items=0), x[:0], hops=2).shape == (
         0,
         2,
     )
@@ -150,11 +150,11 @@ def test_properties_lists(pairs: list[tuple[int, int]], rows: list[int], dtype: 
         (lambda: interaction_graph(USERS, ITEMS, num_users=5, num_items=4), r"items must be in 0 … 3, found 4"),
         (lambda: interaction_graph(USERS[:2], ITEMS, num_users=5, num_items=6), "items must have the shape of users"),
         (
-            lambda: propagate_interactions(graph(), torch.ones(4, 2), layers=1),
+            lambda: propagate_interactions(graph(), torch.ones(4, 2), hops=1),
             "each of the graph's 11 nodes on cpu, got 4",
         ),
-        (lambda: propagate_interactions(graph(), embeddings(), layers=-1), "layers must be at least 0, got -1"),
-        (lambda: propagate_interactions(graph(), embeddings(), layers=1, readout="max"), "readout must be 'sum' or"),
+        (lambda: propagate_interactions(graph(), embeddings(), hops=-1), "hops must be at least 0, got -1"),
+        (lambda: propagate_interactions(graph(), embeddings(), hops=1, readout="max"), "readout must be one of sum, "),
     ],
 )
 def test_bad_input(call: Any, message: str) -> None:

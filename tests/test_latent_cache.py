@@ -294,8 +294,8 @@ def test_bad_data(tmp_path: Path, item: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"dtype": "float8"}, r"dtype must be 'float16' or 'bfloat16', got 'float8'. Did you mean float16"),
-        ({"captions": "last"}, "captions must be 'all' or 'first'"),
+        ({"dtype": "float8"}, r"dtype must be one of float16, bfloat16, got 'float8'. Did you mean float16"),
+        ({"captions": "last"}, "captions must be one of all, first"),
         ({"shard_size": 0}, "shard_size must be at least 1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
     ],

@@ -75,7 +75,7 @@ def test_any_image_can_be_shown(channels: int, dtype: torch.dtype, scale: float,
 def test_overlay_is_the_formula() -> None:
     image, one = torch.rand(3, 4, 4, dtype=torch.float64), torch.rand(1, 4, 4, dtype=torch.float64)
     image[0, 0, 0], image[1, 0, 0] = 0.0, 1.0  # the whole range, so that nothing is stretched
-    found = overlay(image, one * 7 - 3, colormap="viridis", alpha=0.5)
+    found = overlay(image, one * 7 - 3, colormap="viridis", opacity=0.5)
     share = (one[0] - one.min()) / (one.max() - one.min())
     grey = 0.75 * (0.299 * image[0] + 0.587 * image[1] + 0.114 * image[2])
     for row in range(4):
@@ -90,7 +90,7 @@ def test_overlay_is_the_formula() -> None:
 @pytest.mark.parametrize("one", [torch.full((2, 2), 3.0), torch.tensor([[0.0, float("nan")], [1.0, 2.0]])])
 def test_maps_that_say_nothing_cover_nothing(one: Tensor) -> None:
     image = torch.rand(1, 4, 4)
-    covered, bare = overlay(image, one), overlay(image, torch.rand(4, 4), alpha=0.0)
+    covered, bare = overlay(image, one), overlay(image, torch.rand(4, 4), opacity=0.0)
     assert np.array_equal(covered, bare)
 
 
@@ -156,7 +156,7 @@ def test_same_bytes_whatever_the_style_and_signs() -> None:
         ({"maps": torch.zeros(2, 1, 2, 2, dtype=torch.int64)}, "in floating point"),
         ({"titles": ["a"]}, "titles must be one an image, 2, got 1"),
         ({"columns": 0}, "columns must be at least 1, got 0"),
-        ({"alpha": 1.5}, "alpha must be in 0 … 1, got 1.5"),
+        ({"opacity": 1.5}, "opacity must be in 0 … 1, got 1.5"),
         ({"colormap": "infermo"}, r"got 'infermo'\. Did you mean inferno"),
         ({"mean": [0.5]}, "mean and std must be given together"),
         ({"mean": [0.5], "std": [0.1, 0.2]}, "std must be one number, or one a channel, 1, got 2"),

@@ -249,7 +249,7 @@ def test_from_the_hub(work: Path, hub: HubServer) -> None:
         (["model", "images/a.png", "--classes", "10"], "--classes must be 0 … 9 or predicted, got 10"),
         (["model", "images/a.png", "--classes", "first"], "numbers of classes or 'predicted', got 'first'"),
         (["model", "images/a.png", "--device", "abacus"], "--device abacus cannot be used"),
-        (["model", "images/a.png", "--alpha", "2"], "alpha must be in 0 … 1, got 2.0"),
+        (["model", "images/a.png", "--opacity", "2"], "opacity must be in 0 … 1, got 2.0"),
         (["model", "images/a.png", "--combine", "mean"], "invalid choice: 'mean'"),
         (["model", "images/a.png", "--mean", "a,b"], "expected numbers separated by commas, got 'a,b'"),
         (["model", "images/a.png", "--mean", "0.5"], "--mean and --std must be given together"),
@@ -258,7 +258,7 @@ def test_from_the_hub(work: Path, hub: HubServer) -> None:
             "--mean must be one number, or one a channel, 1",
         ),
         (["model", "images/a.png", "--mean", "0.5", "--std", "0"], "--std must be positive"),
-        (["model", "images/a.png", "--size", "0"], "--size must be at least 1, got 0"),
+        (["model", "images/a.png", "--image-size", "0"], "--image-size must be at least 1, got 0"),
         (["model", "broken.png"], "broken.png: the image cannot be decoded"),
         (["model", "images/c.png"], "images/c.png: no such image file or folder"),
         (["model", "model"], "model: the folder holds no image file"),
@@ -267,7 +267,7 @@ def test_from_the_hub(work: Path, hub: HubServer) -> None:
         (["resnet18", "images/a.png"], "'resnet18' is no folder with a stored model. A model on the Hub is owner/name"),
         (["timm/resnet81", "images/a.png"], "timm has no architecture 'resnet81'. Did you mean resnet18"),
         (["open_clip/ViT-B-32", "images/a.png"], "gives embeddings and no classes"),
-        (["zoo/resnet8", "images/a.png"], "give --size, --mean and --std"),
+        (["zoo/resnet8", "images/a.png"], "give --image-size, --mean and --std"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

@@ -91,7 +91,7 @@ def test_properties_of_buckets(buckets: int, times: list[float]) -> None:
 
 
 def test_tokens_are_base_and_offset_of_the_time() -> None:
-    bank = SoftTokens(layers=3, tokens=2, width=5, buckets=10)
+    bank = SoftTokens(depth=3, tokens=2, width=5, buckets=10)
     tokens = bank(torch.tensor([0, 850]))
     assert tokens.shape == (2, 3, 2, 5)
     for row, bucket in enumerate((0, 8)):
@@ -128,7 +128,7 @@ def test_tokens_begin_apart_and_stay_apart(network: TinyMMDiT) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"layers": 0}, "layers must be a whole number of at least 1, got 0"),
+        ({"depth": 0}, "depth must be a whole number of at least 1, got 0"),
         ({"tokens": 2.0}, "tokens must be a whole number of at least 1, got 2.0"),
         ({"width": -1}, "width must be"),
         ({"buckets": 1001}, "buckets must be a whole number of at least 0 and at most 1000, got 1001"),
@@ -137,7 +137,7 @@ def test_tokens_begin_apart_and_stay_apart(network: TinyMMDiT) -> None:
 )
 def test_bad_sizes(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        SoftTokens(**{"layers": 1, "tokens": 1, "width": 1, **arguments})
+        SoftTokens(**{"depth": 1, "tokens": 1, "width": 1, **arguments})
 
 
 def test_bad_start() -> None:

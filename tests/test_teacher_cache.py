@@ -209,7 +209,7 @@ def test_bad_data(path, source, message):
 def test_bad_arguments(path):
     with pytest.raises(InputError, match="needs a frozen teacher"):
         TeacherCache.build(path, towers.create("zoo/resnet8", num_classes=10), loader())
-    with pytest.raises(InputError, match="dtype must be 'float32' or 'float16', got 'int8'"):
+    with pytest.raises(InputError, match="dtype must be one of float32, float16, got 'int8'"):
         build(path, dtype="int8")
     with pytest.raises(InputError, match="options must be JSON values"):
         build(path, options={"norm": nn.LayerNorm})

@@ -22,7 +22,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from zoo.attack_problem import Norm
-from zoo.errors import InputError, nearest
+from zoo.errors import InputError, nearest, require_choice
 from zoo.layer_taps import undisturbed
 from zoo.losses.contracts import require_labels, require_number
 
@@ -76,8 +76,7 @@ def library_attack(
             raise InputError(
                 f"attacks must be of {', '.join(LIBRARY_ATTACKS)}, got {name!r}.{nearest(name, LIBRARY_ATTACKS)}"
             )
-    if norm not in ("linf", "l2"):
-        raise InputError(f"norm must be 'linf' or 'l2', got {norm!r}")
+    require_choice("norm", norm, ("linf", "l2"))
     if x.ndim != 4 or not x.is_floating_point():
         raise InputError(f"x must be (B, C, H, W) in floating point, got shape {tuple(x.shape)} of {x.dtype}")
     require_number("eps", eps, positive=False)

@@ -10,8 +10,7 @@ import torch
 
 from zoo.attack_losses import ATTACK_LOSSES
 from zoo.attacks import Bound, Norm
-from zoo.contributions import require_choice
-from zoo.errors import InputError
+from zoo.errors import InputError, require_choice
 
 __all__ = ["ATTACKS", "CHECKS", "AttackPlan", "eps_label"]
 

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from zoo.errors import InputError, nearest
+from zoo.errors import InputError, require_choice
 from zoo.losses.contracts import working_dtype
 
 __all__ = [
@@ -55,8 +55,7 @@ class Settings:
         Raises:
             InputError: an unknown norm, a number of steps or samples out of range.
         """
-        if self.norm not in _NORMS:
-            raise InputError(f"norm must be 'linf' or 'l2', got {self.norm!r}.{nearest(str(self.norm), _NORMS)}")
+        require_choice("norm", self.norm, _NORMS)
         if self.steps < 0:
             raise InputError(f"steps must be at least 0, got {self.steps}")
         if self.micro_batch is not None and self.micro_batch < 1:

@@ -121,7 +121,7 @@ class TrainingAttack:
         step_size: length of a step, a share of the range.
         steps: how many.
         valid_range: lowest and highest value of the inputs.
-        micro_batch: samples that pass through the encoder at a time; all if None.
+        micro_batch: samples that pass through the encoder at a time; all if omitted.
     """
 
     loss: str

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.contributions import require_choice
-from zoo.errors import InputError
+from zoo.errors import InputError, require_choice
 from zoo.pair_evaluation import unit
 
 __all__ = ["CalibratedEncoder", "CalibrationHead", "LinearCalibration", "ResidualCalibration", "build_calibration_head"]

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zoo.class_centers import Centers
+from zoo.class_centres import Centres
 from zoo.errors import InputError, nearest
 from zoo.losses.advcal import (
-    center_cross_entropy,
-    center_divergence,
+    centre_cross_entropy,
+    centre_divergence,
     clean_adversarial_info_nce,
     clean_adversarial_l2,
 )
-from zoo.losses.centers import Pool
+from zoo.losses.centres import Pool
 from zoo.losses.contracts import require_number
 
 __all__ = ["OBJECTIVES", "CalibrationObjective", "objective_weights"]
@@ -55,7 +55,7 @@ class CalibrationObjective:
 
     Attributes:
         weights: of the parts of the objective.
-        beta: weight of the regulariser.
+        regulariser_weight: beta.
         clean_identity: whether it has the identity.
         scale: factor of the cosines in logits.
         pool: how several centres of a class count.
@@ -66,7 +66,7 @@ class CalibrationObjective:
     """
 
     weights: dict[str, float]
-    beta: float
+    regulariser_weight: float
     clean_identity: bool
     scale: float
     pool: Pool
@@ -76,7 +76,7 @@ class CalibrationObjective:
     chunk_size: int | None
 
     def __post_init__(self) -> None:
-        require_number("beta", self.beta, positive=False)
+        require_number("regulariser_weight", self.regulariser_weight, positive=False)
         require_number("scale", self.scale, positive=False)
         require_number("temperature", self.temperature, positive=True)
 
@@ -86,7 +86,7 @@ class CalibrationObjective:
         clean: Tensor,
         attacked: Tensor,
         labels: Tensor | None,
-        centers: Centers,
+        centres: Centres,
         *,
         gather: bool = False,
     ) -> dict[str, Tensor]:
@@ -97,7 +97,7 @@ class CalibrationObjective:
             clean: unit embeddings (B, D) of clean inputs, before the head.
             attacked: the same of attacked inputs.
             labels: classes (B,), where a term needs them.
-            centers: those of the classes of one modality: vectors (K, M, D) and mask (K, M).
+            centres: those of the classes of one modality: vectors (K, M, D) and mask (K, M).
             gather: whether ``nce`` spans the batches of all processes.
 
         Raises:
@@ -108,10 +108,10 @@ class CalibrationObjective:
         for name in self.weights:
             if labels is None and (name == "ce" or (name == "nce" and not self.same_class_negatives)):
                 raise InputError(f"objective {name!r} needs labels here: give batches with 'label', or objective='l2'")
-            found[name] = self._term(name, moved, clean, labels, centers, gather=gather)
-        if self.beta > 0:
-            found["divergence"] = center_divergence(
-                moved, clean, centers.vectors, scale=self.scale, pool=self.pool, mask=centers.mask
+            found[name] = self._term(name, moved, clean, labels, centres, gather=gather)
+        if self.regulariser_weight > 0:
+            found["divergence"] = centre_divergence(
+                moved, clean, centres.vectors, scale=self.scale, pool=self.pool, mask=centres.mask
             )
             if self.clean_identity:
                 found["identity"] = clean_adversarial_l2(head(clean), clean)
@@ -123,7 +123,7 @@ class CalibrationObjective:
         moved: Tensor,
         clean: Tensor,
         labels: Tensor | None,
-        centers: Centers,
+        centres: Centres,
         *,
         gather: bool,
     ) -> Tensor:
@@ -131,8 +131,8 @@ class CalibrationObjective:
             return clean_adversarial_l2(moved, clean)
         if name == "ce":
             assert labels is not None
-            return center_cross_entropy(
-                moved, centers.vectors, labels, scale=self.scale, pool=self.pool, mask=centers.mask
+            return centre_cross_entropy(
+                moved, centres.vectors, labels, scale=self.scale, pool=self.pool, mask=centres.mask
             )
         return clean_adversarial_info_nce(
             moved, clean, temperature=self.temperature, symmetric=self.symmetric, chunk_size=self.chunk_size,
@@ -141,5 +141,5 @@ class CalibrationObjective:
 
     def total(self, terms: Mapping[str, Tensor]) -> Tensor:
         """Return the weighted sum of terms."""
-        weights = {**self.weights, "divergence": self.beta, "identity": self.beta}
+        weights = {**self.weights, "divergence": self.regulariser_weight, "identity": self.regulariser_weight}
         return torch.stack([weights[name] * value for name, value in terms.items()]).sum()

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.contributions import require_choice
-from zoo.errors import InputError
+from zoo.errors import InputError, require_choice
 from zoo.losses.contracts import require_number, working_dtype
 
 __all__ = ["Combine", "combine_maps", "normalize_map", "resize_map"]

@@ -36,10 +36,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.errors import InputError, nearest
+from zoo.errors import InputError, require_choice
 from zoo.losses.contracts import working_dtype
 
-__all__ = ["Aggregate", "Extract", "contribution_map", "require_choice"]
+__all__ = ["Aggregate", "Extract", "contribution_map"]
 
 Extract = Literal["bias", "scaling", "conv1x1", "convNxN", "depthwise", "conv"]
 Aggregate = Literal["norm", "selective", "sum", "max", "absmax", "positive"]
@@ -143,24 +143,6 @@ def contribution_map(
             else:
                 maps.append(_of_outer_products(_grouped(x, groups), _grouped(g, groups), aggregate, window))
         return torch.cat(maps).unsqueeze(1)
-
-
-def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Refuse anything but one of some names.
-
-    Args:
-        name: the argument's name, for the message.
-        value: what was given.
-        choices: the names.
-
-    Raises:
-        InputError: it is none of them; the nearest are shown.
-
-    Example:
-        >>> require_choice("mode", "sum", ("product", "sum"))
-    """
-    if value not in choices:
-        raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}.{nearest(str(value), choices)}")
 
 
 def _piece(values: Tensor) -> int:

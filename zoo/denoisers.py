@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from zoo.errors import InputError
+from zoo.errors import InputError, require_choice
 from zoo.losses.contracts import working_dtype
 from zoo.token_places import network_of, parameters_of
 
@@ -154,8 +154,7 @@ class Epsilon:
                 "alphas_cumprod must be one number for each step, shape (1000,), got shape "
                 f"{tuple(self.alphas_cumprod.shape)}"
             )
-        if self.prediction not in ("epsilon", "v"):
-            raise InputError(f"prediction must be 'epsilon' or 'v', got {self.prediction!r}")
+        require_choice("prediction", self.prediction, ("epsilon", "v"))
 
     def add_noise(self, clean: Tensor, noise: Tensor, timestep: Tensor | float) -> Tensor:
         """Return images at given times.

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoo.errors import InputError, nearest
+from zoo.errors import InputError, nearest, require_choice
 from zoo.named_networks import BUILD_ERRORS, reason
 
 __all__ = ["FAMILIES", "Family", "PipelineFolder", "find_pipeline", "library"]
@@ -228,8 +228,7 @@ class PipelineFolder:
         Raises:
             InputError: it has no safetensors files, or they do not fit.
         """
-        if dtype not in _DTYPES:
-            raise InputError(f"torch_dtype must be {', '.join(_DTYPES)}, got {dtype!r}.{nearest(dtype, _DTYPES)}")
+        require_choice("torch_dtype", dtype, _DTYPES)
         self.config(part)
         if not any((self.folder / part).glob("*.safetensors")):
             raise InputError(

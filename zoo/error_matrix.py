@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from zoo.errors import InputError
+from zoo.errors import InputError, require_choice
 from zoo.losses.contracts import require_number, working_dtype
 from zoo.losses.softrepa import softrepa_gradient, softrepa_loss
 
@@ -356,8 +356,7 @@ def _check(
         )
     if not parameters:
         raise InputError("parameters must not be empty: they are what the gradient is taken with respect to")
-    if pairs not in _PAIRS:
-        raise InputError(f"pairs must be 'full', 'rows' or 'two_pass', got {pairs!r}")
+    require_choice("pairs", pairs, _PAIRS)
     for name, value in (("micro_batch", micro_batch), ("negatives", negatives)):
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, or None, got {value}")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
-__all__ = ["InputError", "nearest"]
+__all__ = ["InputError", "nearest", "require_choice"]
 
 
 class InputError(ValueError):
@@ -42,3 +42,21 @@ def nearest(name: str, candidates: Iterable[str], *, count: int = 3) -> str:
         best = _likeness(name.lower(), found[0])
         found = [key for key in found if _likeness(name.lower(), key) > best - 0.3]
     return f" Did you mean {', '.join(lowered[key] for key in found)}?" if found else ""
+
+
+def require_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Refuse anything but one of some names.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what was given.
+        choices: the names.
+
+    Raises:
+        InputError: it is none of them; the nearest are shown.
+
+    Example:
+        >>> require_choice("mode", "sum", ("product", "sum"))
+    """
+    if value not in choices:
+        raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}.{nearest(str(value), choices)}")

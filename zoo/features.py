@@ -10,10 +10,45 @@ from torch import Tensor, nn
 
 from zoo.errors import InputError, nearest
 
-__all__ = ["FeatureTap", "OutputTap"]
+__all__ = ["FeatureTap", "KeptHooks", "OutputTap"]
 
 
-class FeatureTap:
+class KeptHooks:
+    """Hooks on a network that are there for one call, or for all from `install` on.
+
+    Whoever derives from it says what they are: ``_register`` fills ``_handles`` and sets ``_installed``.
+
+    Args:
+        network: the network, which is not changed.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        # A flag of its own: a compiled step may read it, the handles it may not.
+        self._installed = False
+        self._handles: list[Any] = []
+
+    def _register(self) -> None:
+        raise NotImplementedError
+
+    def install(self) -> None:
+        """Keep the hooks between calls, so that a compiled training step need not register them."""
+        if self._installed:
+            return
+        if any(module._compiled_call_impl is not None for module in self.network.modules()):
+            # Code that was compiled without the hooks does not look for them.
+            torch.compiler.reset()
+        self._register()
+
+    def remove(self) -> None:
+        """Take the hooks away; the network is as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._installed = False
+
+
+class FeatureTap(KeptHooks):
     """The input of a network's classifier, captured while the network runs once.
 
     This is the penultimate vector of the papers: a forward pre-hook on the classifier sees it in any timm or torchvision
@@ -35,7 +70,7 @@ class FeatureTap:
     """
 
     def __init__(self, network: nn.Module, heads: tuple[str, ...] = ()) -> None:
-        self.network = network
+        super().__init__(network)
         groups = tuple((head,) for head in heads) or _find_heads(network)
         self.heads = tuple(head for group in groups for head in group)
         self._branches = len(groups[0])
@@ -45,9 +80,6 @@ class FeatureTap:
                 raise InputError(f"{type(network).__name__} has no module {head!r}.{nearest(head, names)}")
         self._inputs: dict[int, Tensor] = {}
         self._listening = False
-        # A flag of its own: a compiled step may read it, the handles it may not.
-        self._installed = False
-        self._handles: list[Any] = []
 
     @property
     def dim(self) -> int:
@@ -68,22 +100,6 @@ class FeatureTap:
                 "the name of a linear layer as the head"
             )
         return next(int(getattr(layers[layer], name)) for name in attributes if hasattr(layers[layer], name))
-
-    def install(self) -> None:
-        """Keep the hooks between calls, so that a compiled training step need not register them."""
-        if self._installed:
-            return
-        if any(module._compiled_call_impl is not None for module in self.network.modules()):
-            # Code that was compiled without the hooks does not look for them.
-            torch.compiler.reset()
-        self._register()
-
-    def remove(self) -> None:
-        """Take the hooks away; the network is as it was."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self._installed = False
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Run the network once; without `install` a compiled network runs eagerly.

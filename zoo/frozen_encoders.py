@@ -14,9 +14,9 @@ from zoo import towers
 from zoo.arguments import Supplied
 from zoo.calibration_attacks import require_modalities
 from zoo.calibration_heads import CalibratedEncoder, CalibrationHead, build_calibration_head
-from zoo.class_centers import Centers, center_digests, embed_prompts, read_centers, templates_of
+from zoo.class_centres import Centres, centre_digests, embed_prompts, read_centres, templates_of
 from zoo.errors import InputError
-from zoo.losses.centers import Pool, pooled_similarities
+from zoo.losses.centres import Pool, pooled_similarities
 from zoo.metrics import class_prompts
 from zoo.module import ZooModule
 from zoo.pair_evaluation import unit
@@ -37,29 +37,29 @@ class FrozenEncodersModule(ZooModule):
         encoder_options: options for the builders of named towers, by modality.
         text: the text tower that makes the centres, if they are not given.
         text_options: options for its builder.
-        classes: names of the classes; those of the data module if None.
-        templates: prompts of each modality with ``{}`` for the name; see `zoo.class_centers.TEMPLATES`.
-        centers: the centres in place of prompts; see `zoo.class_centers.read_centers`.
-        center_sha256: their hashes by modality, recorded when they are made; others are refused.
+        class_names: names of the classes; those of the data module if omitted.
+        templates: prompts of each modality with ``{}`` for the name; see `zoo.class_centres.TEMPLATES`.
+        centres: the centres in place of prompts; see `zoo.class_centres.read_centres`.
+        centre_sha256: their hashes by modality, recorded when they are made; others are refused.
         head: see `zoo.calibration_heads`.
         head_width: width inside ``residual_mlp``.
         scale: factor of the cosines in logits.
-        pool: how several centres of a class count; see `zoo.losses.centers`.
-        max_trainable_share: refuse heads with a larger share of all parameters; any if None.
+        pool: how several centres of a class count; see `zoo.losses.centres`.
+        max_trainable_share: refuse heads with a larger share of all parameters; any if omitted.
 
     Attributes:
         modalities: their names, in order.
         heads: the heads by modality.
-        centers: unit vectors (P, K, M, D), None before the first use; see `zoo.class_centers`.
-        center_mask: which there are (P, K, M).
+        centres: unit vectors (P, K, M, D), None before the first use; see `zoo.class_centres`.
+        centre_mask: which there are (P, K, M).
     """
 
     deployable = "heads"
     training_only = ("text",)
-    sized_by_file = ("centers", "center_mask")
+    sized_by_file = ("centres", "centre_mask")
 
-    centers: Tensor | None
-    center_mask: Tensor | None
+    centres: Tensor | None
+    centre_mask: Tensor | None
 
     def __init__(
         self,
@@ -68,10 +68,10 @@ class FrozenEncodersModule(ZooModule):
         encoder_options: Mapping[str, dict[str, Any]] | None,
         text: str | dict[str, Any] | nn.Module | None,
         text_options: dict[str, Any] | None,
-        classes: Sequence[str] | None,
+        class_names: Sequence[str] | None,
         templates: Mapping[str, Sequence[str]] | None,
-        centers: str | Sequence[Any] | Mapping[str, Any] | None,
-        center_sha256: Mapping[str, str] | None,
+        centres: str | Sequence[Any] | Mapping[str, Any] | None,
+        centre_sha256: Mapping[str, str] | None,
         head: CalibrationHead,
         head_width: int | None,
         scale: float,
@@ -84,9 +84,9 @@ class FrozenEncodersModule(ZooModule):
         self.modalities = list(encoders)
         for argument, given in (("encoder_options", encoder_options), ("templates", templates)):
             require_modalities(argument, given or {}, self.modalities)
-        self.classes = None if classes is None else list(classes)
+        self.class_names = None if class_names is None else list(class_names)
         self.templates = templates
-        self.center_sha256 = dict(center_sha256) if center_sha256 else None
+        self.centre_sha256 = dict(centre_sha256) if centre_sha256 else None
         self.scale = scale
         self.pool = pool
         self._describe(encoders)
@@ -97,10 +97,10 @@ class FrozenEncodersModule(ZooModule):
         if len(set(widths.values())) > 1:
             raise InputError(f"encoders must share one space, and are of different widths: {widths}")
         self.heads = nn.ModuleDict({m: build_calibration_head(head, width, head_width) for m, width in widths.items()})
-        self.register_buffer("centers", None)
-        self.register_buffer("center_mask", None)
-        if centers is not None:
-            self._take_centers(read_centers(centers, self.modalities))
+        self.register_buffer("centres", None)
+        self.register_buffer("centre_mask", None)
+        if centres is not None:
+            self._take_centres(read_centres(centres, self.modalities))
         if text is not None:
             options = towers.tower_options("text_options", text_options)
             tower = towers.create(text, frozen=True, embedding=True, modality="text", **options)
@@ -110,8 +110,8 @@ class FrozenEncodersModule(ZooModule):
     def _describe(self, encoders: Mapping[str, Any]) -> None:
         """Record the encoders as a stored model may hold them: modules are supplied again, folders are described."""
         # The values of the centres are stored as tensors, and where they came from is no part of the model.
-        self._arguments.pop("centers", None)
-        self.hparams.pop("centers", None)
+        self._arguments.pop("centres", None)
+        self.hparams.pop("centres", None)
         if any(isinstance(value, nn.Module) for value in encoders.values()):
             self._arguments["encoders"] = Supplied("dict")
             return
@@ -170,21 +170,21 @@ class FrozenEncodersModule(ZooModule):
         """Return the unit embeddings (B, D) behind the head of inputs of the first modality."""
         return self.encode(self.modalities[0], x)
 
-    def class_centers(self, modality: str) -> Centers:
+    def class_centres(self, modality: str) -> Centres:
         """Return the centres of a modality: vectors (K, M, D) and mask (K, M).
 
         Raises:
             InputError: there are none yet.
         """
-        if self.centers is None or self.center_mask is None:
-            raise InputError("there are no class centres yet: fit or validate the model, or give centers=…")
+        if self.centres is None or self.centre_mask is None:
+            raise InputError("there are no class centres yet: fit or validate the model, or give centres=…")
         place = self.modalities.index(modality)
-        return Centers(self.centers[place], self.center_mask[place])
+        return Centres(self.centres[place], self.centre_mask[place])
 
     def similarities(self, modality: str, embeddings: Tensor) -> Tensor:
         """Return the cosines (B, K) of embeddings (B, D) with the classes."""
-        centers = self.class_centers(modality)
-        return pooled_similarities(embeddings, centers.vectors, pool=self.pool, mask=centers.mask)
+        centres = self.class_centres(modality)
+        return pooled_similarities(embeddings, centres.vectors, pool=self.pool, mask=centres.mask)
 
     def logits(self, modality: str, x: Tensor, *, calibrated: bool = True) -> Tensor:
         """Return the logits (B, K) of inputs, with the head or of the bare encoder."""
@@ -221,47 +221,47 @@ class FrozenEncodersModule(ZooModule):
         share = self.trainable_share
         paper = "" if share < 0.01 else "; the paper's bound of 1 % needs larger encoders or a smaller head"
         rank_zero_info(f"the heads train {_count(self.heads):,} parameters, {share:.2%} of all{paper}")
-        if self.centers is None or self.center_mask is None:
-            self._make_centers(getattr(self.trainer, "datamodule", None))
-        elif self.centers.dtype == torch.float32:  # a cast changes what is hashed
-            self._check_digests(Centers(self.centers, self.center_mask))
+        if self.centres is None or self.centre_mask is None:
+            self._make_centres(getattr(self.trainer, "datamodule", None))
+        elif self.centres.dtype == torch.float32:  # a cast changes what is hashed
+            self._check_digests(Centres(self.centres, self.centre_mask))
 
     def teardown(self, stage: str) -> None:
         """Take the feature hooks away."""
         for modality in self.modalities:
             self.encoder(modality).tap.remove()
 
-    def _make_centers(self, data: Any) -> None:
-        classes = self.classes if self.classes is not None else getattr(data, "class_names", None)
-        if "text" not in self.frozen_towers or classes is None:
+    def _make_centres(self, data: Any) -> None:
+        class_names = self.class_names if self.class_names is not None else getattr(data, "class_names", None)
+        if "text" not in self.frozen_towers or class_names is None:
             raise InputError(
-                "the classes need centres: give text=… (a text tower) with classes=[…] or a data module that has "
-                "class_names, or give centers=…"
+                "the classes need centres: give text=… (a text tower) with class_names=[…] or a data module that has "
+                "class_names, or give centres=…"
             )
         text: towers.Tower = self.text.to(self.trainer.strategy.root_device)
         device = self.trainer.strategy.root_device
-        prompts = [class_prompts(classes, templates_of(modality, self.templates)) for modality in self.modalities]
-        self._take_centers(embed_prompts(lambda texts: text.features(text.tokenizer(texts).to(device)), prompts))
+        prompts = [class_prompts(class_names, templates_of(modality, self.templates)) for modality in self.modalities]
+        self._take_centres(embed_prompts(lambda texts: text.features(text.tokenizer(texts).to(device)), prompts))
 
-    def _take_centers(self, found: Centers) -> None:
+    def _take_centres(self, found: Centres) -> None:
         width = self.encoder(self.modalities[0]).dim
         if found.vectors.shape[-1] != width:
             raise InputError(
-                f"centers must be as wide as the embeddings, {width}, got {found.vectors.shape[-1]}: encoders and centres "
+                f"centres must be as wide as the embeddings, {width}, got {found.vectors.shape[-1]}: encoders and centres "
                 "must share one space"
             )
         digests = self._check_digests(found)
-        self.center_sha256 = digests
-        self._record(center_sha256=digests)
-        self.centers, self.center_mask = found.vectors, found.mask
+        self.centre_sha256 = digests
+        self._record(centre_sha256=digests)
+        self.centres, self.centre_mask = found.vectors, found.mask
 
-    def _check_digests(self, found: Centers) -> dict[str, str]:
-        digests = center_digests(found, self.modalities)
-        if self.center_sha256 is not None and self.center_sha256 != digests:
+    def _check_digests(self, found: Centres) -> dict[str, str]:
+        digests = centre_digests(found, self.modalities)
+        if self.centre_sha256 is not None and self.centre_sha256 != digests:
             raise InputError(
                 "the class centres are not those that this model was trained with: "
-                f"{_short(digests)} now, expected {_short(self.center_sha256)}; give the same classes, templates and text "
-                "tower, or leave center_sha256 out"
+                f"{_short(digests)} now, expected {_short(self.centre_sha256)}; give the same classes, templates and text "
+                "tower, or leave centre_sha256 out"
             )
         return digests
 

@@ -73,7 +73,7 @@ def layer_width(tower: Tower, loader: Iterable[Any], layer: str, *, modality: st
     """
     if layer == FEATURES:
         return tower.dim
-    return _extract(tower, loader, layer, modality=modality, pad_id=pad_id, samples=1)[layer].shape[1]
+    return _extract(tower, loader, layer, modality=modality, pad_id=pad_id, max_samples=1)[layer].shape[1]
 
 
 def choose_layers(
@@ -81,11 +81,11 @@ def choose_layers(
     text: Tower,
     loader: Iterable[Any],
     *,
-    layers: Literal["select", "last"],
+    layer_choice: Literal["select", "last"],
     image_layer: str | None = None,
     text_layer: str | None = None,
     k: int | NeighbourRule = "rice",
-    samples: int = 5000,
+    max_samples: int = 5000,
     pad_id: int | None = None,
 ) -> tuple[tuple[str, str], LayerScores | None]:
     """Choose the layers of two towers at which their neighbourhoods are most alike, or the last ones.
@@ -97,11 +97,11 @@ def choose_layers(
         image: the image tower.
         text: the text tower.
         loader: pairs, under the evaluation transform.
-        layers: "select" scores all pairs of candidates, "last" takes the last block of each tower.
+        layer_choice: "select" scores all pairs of candidates, "last" takes the last block of each tower.
         image_layer: the only candidate of its tower, if given.
         text_layer: the same.
         k: number of neighbours, or its rule.
-        samples: number of pairs that the scores come from, at most.
+        max_samples: number of pairs that the scores come from, at most.
         pad_id: the token number of padding; the network's own if omitted.
 
     Returns:
@@ -110,10 +110,10 @@ def choose_layers(
     Raises:
         InputError: see `extract_layers` and `select_layers`.
     """
-    if layers == "last" or (image_layer is not None and text_layer is not None):
+    if layer_choice == "last" or (image_layer is not None and text_layer is not None):
         return (image_layer or _blocks(image)[-1], text_layer or _blocks(text)[-1]), None
     candidates = [
-        _extract(tower, loader, layer, modality=modality, pad_id=pad_id, samples=samples)
+        _extract(tower, loader, layer, modality=modality, pad_id=pad_id, max_samples=max_samples)
         for tower, layer, modality in ((image, image_layer, "image"), (text, text_layer, "text"))
     ]
     scores = select_layers(*candidates, k=k)
@@ -121,12 +121,16 @@ def choose_layers(
 
 
 def _extract(
-    tower: Tower, loader: Iterable[Any], layer: str | None, *, modality: str, pad_id: int | None, samples: int
+    tower: Tower, loader: Iterable[Any], layer: str | None, *, modality: str, pad_id: int | None, max_samples: int
 ) -> dict[str, Tensor]:
     if layer == FEATURES or (layer is None and _blocks(tower) == (FEATURES,)):
-        return extract_layers(_Features(tower), loader, [FEATURES], modality=modality, pad_id=-1, max_samples=samples)
+        return extract_layers(
+            _Features(tower), loader, [FEATURES], modality=modality, pad_id=-1, max_samples=max_samples
+        )
     wanted = None if layer is None else [layer]
-    return extract_layers(tower, loader, wanted, modality=modality, pad_id=_padding(tower, pad_id), max_samples=samples)
+    return extract_layers(
+        tower, loader, wanted, modality=modality, pad_id=_padding(tower, pad_id), max_samples=max_samples
+    )
 
 
 def _blocks(tower: Tower) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ class GenerationModule(ZooModule):
     Args:
         classifier: the judge: a tower name or a module; without one nothing is sampled.
         classifier_options: options for its builder.
-        limit: images that an evaluation samples in each process, at most.
+        eval_samples: images that an evaluation samples in each process, at most.
 
     Attributes:
         samples: the captions and what came of them, None without a classifier.
@@ -35,7 +35,7 @@ class GenerationModule(ZooModule):
         *,
         classifier: str | dict[str, Any] | nn.Module | None,
         classifier_options: dict[str, Any] | None,
-        limit: int,
+        eval_samples: int,
     ) -> None:
         super().__init__()
         self.samples: PromptedSamples | None = None
@@ -45,7 +45,7 @@ class GenerationModule(ZooModule):
             with isolate_rng(include_cuda=False):  # a tower that comes from the disk draws no random numbers either
                 tower = towers.create(classifier, frozen=True, **options)
             self.attach_frozen("classifier", tower)
-            self.samples = PromptedSamples(tower, limit)
+            self.samples = PromptedSamples(tower, eval_samples)
             self.evaluation = self.samples.evaluation  # so that it moves with the module
 
     # -- what a subclass says --------------------------------------------------------------------------------------

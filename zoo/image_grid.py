@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from io import BytesIO
+from pathlib import Path
 
 from torch import Tensor
 
 from zoo.errors import InputError
 from zoo.overlays import displayed
 
-__all__ = ["image_grid"]
+__all__ = ["image_grid", "write_png"]
 
 _INK = "#222222"
 _DPI = 128
@@ -66,3 +67,20 @@ def image_grid(
     file = BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()
+
+
+def write_png(path: str | Path, png: bytes) -> None:
+    """Write a picture to a file.
+
+    Args:
+        path: the file, whose folder is made where it is missing.
+        png: the picture, a PNG file.
+
+    Raises:
+        InputError: the path does not end in ``.png``.
+    """
+    path = Path(path)
+    if path.suffix != ".png":
+        raise InputError(f"path must end in .png, got {str(path)!r}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png)

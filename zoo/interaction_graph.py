@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.errors import InputError
+from zoo.errors import InputError, require_choice
 from zoo.losses.contracts import require_matrix, working_dtype
 
 __all__ = ["PairLists", "interaction_graph", "pair_lists", "propagate_interactions", "require_lists"]
@@ -133,7 +133,7 @@ def pair_lists(rows: Tensor, columns: Tensor, *, num_rows: int, num_columns: int
 
 
 def require_lists(name: str, lists: PairLists, *, rows: int, columns: int) -> None:
-    """Refuse lists for another number of rows, or with columns that do not exist.
+    """Refuse what are no lists, lists for another number of rows, and columns that do not exist.
 
     Args:
         name: the argument's name, for the message.
@@ -142,18 +142,33 @@ def require_lists(name: str, lists: PairLists, *, rows: int, columns: int) -> No
         columns: how many columns there are.
 
     Raises:
-        InputError: it has others.
+        InputError: it has others, or other types or shapes than `pair_lists` makes.
 
     Example:
         >>> require_lists("seen", PairLists(torch.tensor([0, 1]), torch.tensor([4])), rows=1, columns=5)
     """
+    for part, value in zip(("offsets", "columns"), lists, strict=True):
+        if value.dtype != torch.int64 or value.ndim != 1:
+            raise InputError(
+                f"{name} must be lists as pair_lists makes them, int64 and flat, got {part} in {value.dtype} of shape "
+                f"{tuple(value.shape)}"
+            )
     if len(lists.offsets) != rows + 1:
         raise InputError(
             f"{name} must have one list for each of the {rows} rows, got {len(lists.offsets) - 1}; "
             "pick theirs with .select(row_numbers)"
         )
-    if len(lists.columns) and int(lists.columns.max()) >= columns:
-        raise InputError(f"{name} must hold numbers in 0 … {columns - 1}, found {int(lists.columns.max())}")
+    if int(lists.offsets[-1]) != len(lists.columns) or bool((lists.lengths() < 0).any()):
+        raise InputError(
+            f"{name} must be lists as pair_lists makes them: offsets that rise to the number of columns, "
+            f"{len(lists.columns)}, got {int(lists.offsets[-1])} as the last"
+        )
+    if len(lists.columns):
+        lowest, highest = (int(bound) for bound in torch.aminmax(lists.columns))
+        if lowest < 0 or highest >= columns:
+            raise InputError(
+                f"{name} must hold numbers in 0 … {columns - 1}, found {lowest if lowest < 0 else highest}"
+            )
 
 
 def interaction_graph(users: Tensor, items: Tensor, *, num_users: int, num_items: int) -> PairLists:
@@ -223,8 +238,7 @@ def propagate_interactions(
         )
     if hops < 0:
         raise InputError(f"hops must be at least 0, got {hops}")
-    if readout not in ("sum", "mean"):
-        raise InputError(f"readout must be 'sum' or 'mean', got {readout!r}")
+    require_choice("readout", readout, ("sum", "mean"))
     with torch.autocast(embeddings.device.type, enabled=False):
         embeddings = embeddings.to(working_dtype(embeddings))
         lengths = graph.lengths()

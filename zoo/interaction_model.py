@@ -71,7 +71,7 @@ class InteractionModel(ZooModule):
         """Return further sizes of the data by argument, and keep what the model needs of them."""
         return {}
 
-    def fill(self, data: Any) -> None:
+    def fill(self) -> None:
         """Fill buffers that come from the data, once the parameters are there."""
 
     def embed(self) -> tuple[Tensor, Tensor]:
@@ -110,7 +110,7 @@ class InteractionModel(ZooModule):
         )
         self.added_items = None
         self._forget()
-        self.fill(data)
+        self.fill()
 
     def require_same_data(self, data: Any) -> None:
         """Refuse a data module with other users or items.

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from zoo.condition_fields import DTYPES, Field, to_storage
 from zoo.data.caption_pairs import ImageTextPairs
 from zoo.data.loading import SplitDataModule
-from zoo.errors import InputError, nearest
+from zoo.errors import InputError, require_choice
 from zoo.latent_shards import Index, LatentCache, identity, read_texts, same_encoders, write_part
 
 __all__ = ["cache_latents"]
@@ -126,8 +126,7 @@ def cache_latents(
         (2, ['a cat', 'one cat'], torch.Size([1, 3, 4, 4]))
     """
     for name, value, known in (("dtype", dtype, tuple(DTYPES)), ("captions", captions, ("all", "first"))):
-        if value not in known:
-            raise InputError(f"{name} must be {known[0]!r} or {known[1]!r}, got {value!r}.{nearest(value, known)}")
+        require_choice(name, value, known)
     for name, least in (("shard_size", shard_size), ("batch_size", batch_size)):
         if least < 1:
             raise InputError(f"{name} must be at least 1, got {least}")

@@ -128,8 +128,8 @@ class CachedLayers:
         data: Any = getattr(trainer, "datamodule", None)
         if not isinstance(data, SplitDataModule) or data.with_index:
             raise InputError(
-                f"cache needs one of the zoo's data modules of pairs, without with_index, got {type(data).__name__}: leave "
-                "cache out, or compute the features beforehand and give FeaturePairsDataModule"
+                f"layer_cache needs one of the zoo's data modules of pairs, without with_index, got {type(data).__name__}: "
+                "leave layer_cache out, or compute the features beforehand and give FeaturePairsDataModule"
             )
         self.data = data
         self._own = data.splits
@@ -201,7 +201,7 @@ def _digest(pairs: Any) -> str:
             digest.update(np.asarray(value.reshape(-1).view(torch.uint8)).data)
         digests.append(digest.hexdigest())
     if digests[0] != digests[1]:
-        raise InputError("the data are not the same each time, so their features cannot be kept: leave cache out")
+        raise InputError("the data are not the same each time, so their features cannot be kept: leave layer_cache out")
     return digests[0]
 
 

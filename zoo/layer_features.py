@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 from zoo.errors import InputError, nearest
+from zoo.layer_outputs import eval_mode
 from zoo.towers import Tower
 
 __all__ = ["Pool", "block_names", "extract_layers", "sample_batches"]
@@ -87,7 +87,7 @@ def extract_layers(
     parameter = next(network.parameters(), None)
     tap: _Tap | None = None
     count = 0
-    with isolate_rng(), torch.no_grad(), _eval_mode(tower), torch.compiler.set_stance("force_eager"):
+    with isolate_rng(), torch.no_grad(), eval_mode(tower), torch.compiler.set_stance("force_eager"):
         for batch in sample_batches(loader, max_samples, seed):
             x = _inputs(batch, modality)
             x = x if parameter is None else x.to(parameter.device)
@@ -341,14 +341,3 @@ def _prefix_tokens(network: nn.Module) -> int:
 
 def _has_class_token(inner: Any) -> bool:
     return bool(getattr(inner, "has_class_token", getattr(inner, "cls_token", True) is not None))
-
-
-@contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
-    modes = [(one, one.training) for one in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for one, mode in modes:
-            one.training = mode

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from zoo.errors import InputError
 
-__all__ = ["example_batch", "layer_output", "named_layers"]
+__all__ = ["eval_mode", "example_batch", "layer_output", "named_layers"]
 
 
 def named_layers(module: nn.Module) -> dict[str, nn.Module]:
@@ -90,7 +90,7 @@ def layer_output(pl_module: pl.LightningModule, name: str, x: Any, remedy: str) 
     outputs: list[Any] = []
     handle = layers[name].register_forward_hook(lambda _module, _args, output: outputs.append(output))
     try:
-        with _in_eval_mode(pl_module), torch.compiler.set_stance("force_eager"), _Note(name, remedy):
+        with eval_mode(pl_module), torch.compiler.set_stance("force_eager"), _Note(name, remedy):
             for network in networks:
                 if not outputs and _takes_one(network):
                     network(x)
@@ -111,7 +111,12 @@ def _takes_one(network: nn.Module) -> bool:
 
 
 @contextmanager
-def _in_eval_mode(module: nn.Module) -> Iterator[None]:
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module and all inside it into eval mode, and each back into its own.
+
+    Args:
+        module: the module.
+    """
     modes = [(one, one.training) for one in module.modules()]
     module.eval()
     try:

@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from zoo.errors import InputError, nearest
+from zoo.errors import InputError, require_choice
+from zoo.image_grid import write_png
 from zoo.layer_features import Pool, block_names, extract_layers
 from zoo.metrics.cka import cka_table
 from zoo.metrics.embeddings import TIE
@@ -76,11 +77,7 @@ class LayerScores:
         Raises:
             InputError: the path does not end in ``.png``.
         """
-        path = Path(path)
-        if path.suffix != ".png":
-            raise InputError(f"path must end in .png, got {str(path)!r}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(self.png())
+        write_png(path, self.png())
 
     def png(self) -> bytes:
         """Return the picture of `draw`."""
@@ -158,8 +155,7 @@ def select_layers(
         >>> select_layers({"early": rows.roll(1, 0), "late": rows}, {"text": 3 * rows}, k=1).best
         ('late', 'text')
     """
-    if metric not in _METRICS:
-        raise InputError(f"metric must be one of {', '.join(_METRICS)}, got {metric!r}.{nearest(metric, _METRICS)}")
+    require_choice("metric", metric, _METRICS)
     if metric != "mutual_knn" and k != "rice":
         raise InputError(f"k must be left out for metric={metric!r}, which has no neighbours, got {k!r}")
     for name, layers in (("image_layers", image_layers), ("text_layers", text_layers)):

@@ -32,8 +32,8 @@ class MultimodalGraph(nn.Module):
         num_users: number of users.
         widths: modality -> width of its raw features.
         dim: d, width of a part.
-        layers: L, hops over the interactions, at least 0.
-        item_layers: l, hops over neighbours in the features, at least 0; with 0 an item is R_i.
+        hops: L, hops over the interactions, at least 0.
+        item_hops: l, hops over neighbours in the features, at least 0; with 0 an item is R_i.
         mode: how three and more modalities are fused, see `zoo.losses.spherical_bezier`.
     """
 
@@ -43,16 +43,16 @@ class MultimodalGraph(nn.Module):
         widths: Mapping[str, int],
         *,
         dim: int,
-        layers: int,
-        item_layers: int,
+        hops: int,
+        item_hops: int,
         mode: BezierMode = "de_casteljau",
     ) -> None:
         super().__init__()
         self.num_users = num_users
         self.parts = len(widths) + 1
         self.dim = dim
-        self.layers = layers
-        self.item_layers = item_layers
+        self.hops = hops
+        self.item_hops = item_hops
         self.encoders = ItemEncoders(widths, dim, mode=mode)
         # The scales of the release's Xavier initialisation, for each table (users, d) and for the gate (users, S, 1).
         self.user_parts = nn.Parameter(torch.randn(num_users, self.parts * dim) * (2 / (num_users + dim)) ** 0.5)
@@ -67,7 +67,7 @@ class MultimodalGraph(nn.Module):
         """
         tables = self.user_parts.to(working_dtype(self.user_parts))
         units = unit_rows(tables.view(-1, self.dim)).view_as(tables)
-        rows = propagate_interactions(graph, torch.cat([units, item_parts]), layers=self.layers)
+        rows = propagate_interactions(graph, torch.cat([units, item_parts]), hops=self.hops)
         users, items = rows.tensor_split([self.num_users])
         return users, items
 
@@ -93,9 +93,9 @@ class MultimodalGraph(nn.Module):
             rows: numbers of items (R,); None for all.
         """
         own = propagated if rows is None else propagated[rows]
-        if self.item_layers == 0:
+        if self.item_hops == 0:
             return own
-        for _ in range(self.item_layers - 1):
+        for _ in range(self.item_hops - 1):
             propagated = propagate_items(graph, propagated)
         return own + propagate_items(graph, propagated, rows)
 
@@ -112,8 +112,8 @@ class MultimodalGraph(nn.Module):
         found, weights = neighbours
         share = weights.to(parts).unsqueeze(2)
         total = hop = parts
-        for step in range(self.item_layers):
+        for step in range(self.item_hops):
             near = propagated[found].sum(2)
             hop = (share * (hop.unsqueeze(1) + near)).sum(1)
-            propagated = propagate_items(graph, propagated) if step + 1 < self.item_layers else propagated
-        return total + hop if self.item_layers else total
+            propagated = propagate_items(graph, propagated) if step + 1 < self.item_hops else propagated
+        return total + hop if self.item_hops else total

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -80,8 +81,9 @@ def build_side(name: str, modality: str | None, options: Mapping[str, Any], *, w
     return side
 
 
+@lru_cache(maxsize=8)  # each reads its vocabulary of 49,408 entries
 def build_tokenizer(name: str | None, context_length: int | None) -> Callable[[list[str]], torch.Tensor]:
-    """Return open_clip's tokenizer: texts -> token numbers (B, context_length), int64.
+    """Return open_clip's tokenizer: texts -> token numbers (B, context_length), int64. It is shared, so do not change it.
 
     Args:
         name: a tower name of open_clip, or None for the tokenizer of the original CLIP.

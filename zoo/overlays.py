@@ -65,7 +65,7 @@ def overlay(
     saliency_map: Tensor,
     *,
     colormap: str = "inferno",
-    alpha: float = 0.8,
+    opacity: float = 0.8,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> NDArray[Any]:
@@ -77,7 +77,7 @@ def overlay(
             and stretched to [0, 1] (`zoo.combined_maps.normalize_map`); a constant map, or one with NaN in it, covers
             nothing.
         colormap: name of a colour map of matplotlib.
-        alpha: opacity of the most salient place, 0 … 1; elsewhere it shrinks with the map.
+        opacity: opacity of the most salient place, 0 … 1; elsewhere it shrinks with the map.
         mean: as for `displayed`.
         std: as for `displayed`.
 
@@ -85,21 +85,21 @@ def overlay(
         (H, W, 3) of uint8.
 
     Raises:
-        InputError: image, map, colour map, alpha, mean or std cannot be used.
+        InputError: image, map, colour map, opacity, mean or std cannot be used.
 
     Example:
         The most salient place has the last colour of the map, the least salient one is the image, darkened:
 
-        >>> overlay(torch.tensor([[[0.0, 1.0]]]), torch.tensor([[1.0, 0.0]]), alpha=1.0).tolist()
+        >>> overlay(torch.tensor([[[0.0, 1.0]]]), torch.tensor([[1.0, 0.0]]), opacity=1.0).tolist()
         [[[252, 255, 164], [191, 191, 191]]]
     """
     colours = _lookup(colormap)
-    if not 0 <= alpha <= 1:
-        raise InputError(f"alpha must be in 0 … 1, got {alpha}")
+    if not 0 <= opacity <= 1:
+        raise InputError(f"opacity must be in 0 … 1, got {opacity}")
     base = _DARKENED * _colours(image, mean, std) @ np.array(_LUMINANCE)
     height, width = base.shape
     share = _share(saliency_map, (height, width))
-    weight = (alpha * share)[:, :, None]
+    weight = (opacity * share)[:, :, None]
     return _bytes(base[:, :, None] * (1 - weight) + colours(share)[:, :, :3] * weight)
 
 
@@ -112,7 +112,7 @@ def overlay_grid(
     columns: int = 8,
     show_images: bool = True,
     colormap: str = "inferno",
-    alpha: float = 0.8,
+    opacity: float = 0.8,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> bytes:
@@ -131,7 +131,7 @@ def overlay_grid(
         columns: images side by side, at least 1.
         show_images: draw the row of the images.
         colormap: as for `overlay`.
-        alpha: as for `overlay`.
+        opacity: as for `overlay`.
         mean: as for `displayed`.
         std: as for `displayed`.
 
@@ -154,7 +154,7 @@ def overlay_grid(
         drawn.append(("", [displayed(image, **base) for image in images]))
     for name, some in rows.items():
         both = zip(images, some, strict=True)
-        drawn.append((name, [overlay(image, one, colormap=colormap, alpha=alpha, **base) for image, one in both]))
+        drawn.append((name, [overlay(image, one, colormap=colormap, opacity=opacity, **base) for image, one in both]))
     return _figure(drawn, titles, caption, columns)
 
 

@@ -20,15 +20,13 @@ class PairEvaluation(nn.Module):
     Args:
         modalities: the two modalities.
         structures: names under which a geometry is compared with a frozen one.
-        recall: the k of the retrieval metrics.
+        k: the k of the retrieval metrics.
     """
 
-    def __init__(
-        self, modalities: tuple[str, str], structures: Sequence[str], recall: Sequence[int] = (1, 5, 10)
-    ) -> None:
+    def __init__(self, modalities: tuple[str, str], structures: Sequence[str], k: Sequence[int] = (1, 5, 10)) -> None:
         super().__init__()
         self.modalities = modalities
-        self.retrieval = RetrievalRecall(tuple(recall))
+        self.retrieval = RetrievalRecall(tuple(k))
         self.structures = nn.ModuleDict({name: StructureTransfer() for name in structures})
         self.zero_shot: dict[str, ZeroShotAccuracy] = {}
 
@@ -44,7 +42,7 @@ class PairEvaluation(nn.Module):
         prompts: Mapping[str, Any] = data.zero_shot_prompts() if asked else {}
         self.zero_shot = {}
         for name, sentences in prompts.items():
-            metric = ZeroShotAccuracy(top_k=1).to(device)
+            metric = ZeroShotAccuracy(k=1).to(device)
             metric.set_classes(class_embeddings(encode_text, sentences))
             self.zero_shot[name] = metric
 

@@ -23,15 +23,15 @@ class PromptedSamples:
 
     Args:
         classifier: the frozen judge; see `GenerationEvaluation`.
-        limit: captions of a process, at most; 0 for none.
+        max_samples: captions of a process, at most; 0 for none.
 
     Attributes:
         evaluation: the counts; a LightningModule holds it as an attribute of its own, so that it moves with it.
     """
 
-    def __init__(self, classifier: Tower, limit: int) -> None:
+    def __init__(self, classifier: Tower, max_samples: int) -> None:
         self.evaluation = GenerationEvaluation(classifier)
-        self.limit = limit
+        self.max_samples = max_samples
         self._prompts: list[tuple[Any, Tensor]] = []
         self._drawn: dict[str, Any] | None = None
 
@@ -49,7 +49,7 @@ class PromptedSamples:
         Raises:
             InputError: the batch does not say which class is asked for.
         """
-        if not self.limit:
+        if not self.max_samples:
             return
         missing = sorted({"image", "text", "label"} - batch.keys())
         if missing:
@@ -58,7 +58,7 @@ class PromptedSamples:
                 "leave the classifier out"
             )
         self.evaluation.update_real(batch["image"])
-        room = self.limit - sum(len(asked) for _, asked in self._prompts)
+        room = self.max_samples - sum(len(asked) for _, asked in self._prompts)
         if room > 0:
             self._prompts.append((batch["text"][:room], batch["label"][:room]))
 

@@ -28,8 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from zoo.combined_maps import Combine
-from zoo.contributions import Aggregate, Extract, require_choice
-from zoo.errors import InputError
+from zoo.contributions import Aggregate, Extract
+from zoo.errors import InputError, require_choice
+from zoo.image_grid import write_png
 from zoo.layer_taps import find_layers, undisturbed
 from zoo.metrics.saliency_ranks import map_correlation
 from zoo.score_passes import Score, Targets
@@ -113,11 +114,7 @@ class RandomizationCheck(NamedTuple):
         Raises:
             InputError: the path does not end in ``.png``.
         """
-        path = Path(path)
-        if path.suffix != ".png":
-            raise InputError(f"path must end in .png, got {str(path)!r}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(self._image())
+        write_png(path, self._image())
 
     def _image(self) -> bytes:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -156,7 +156,7 @@ class RecommenderModule(InteractionModel):
             candidates: ids of the items that count; None for all.
             histories: for users whom the model does not know: id -> ids of their items. Such a user is the mean of these
                 items' embeddings, and that of all users without any.
-            score: `"dot"` or `"cosine"`; the model's own if None. Cosines do not disadvantage items of `add_items`.
+            score: `"dot"` or `"cosine"`; the model's own if omitted. Cosines do not disadvantage items of `add_items`.
 
         Returns:
             Ids and scores.

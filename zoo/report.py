@@ -101,7 +101,7 @@ def render(folders: Sequence[Path]) -> str:
     runs = [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
     found = differences(runs)
     level = 2 if len(runs) == 1 else 3  # of the heading above the texts of a run
-    return _template().render(
+    page: str = _template().render(
         runs=[_view(run, number, level) for number, run in enumerate(runs, start=1)],
         title=" against ".join([runs[0].name, ", ".join(run.name for run in runs[1:])] if runs[1:] else [runs[0].name]),
         results=results(runs),
@@ -111,6 +111,7 @@ def render(folders: Sequence[Path]) -> str:
         verdict=verdict(runs, found),
         version=zoo.__version__,
     )
+    return page
 
 
 def _check(folders: Sequence[Path]) -> None:

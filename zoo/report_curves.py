@@ -146,8 +146,9 @@ def read_history(stored: Any, folder: Path) -> History:
     """
     if stored is not None and not isinstance(stored, Mapping):
         raise InputError(f"run.history must be an object, got {type(stored).__name__}: store the model anew")
-    names = sorted(map(str, stored or {}))[:_MAX_SERIES]
-    points = {public(name): card_figures._points(name, stored[name]) for name in names}
+    recorded = stored or {}
+    names = sorted(map(str, recorded))[:_MAX_SERIES]
+    points = {public(name): card_figures._points(name, recorded[name]) for name in names}
     if any(map(_is_drawn, points.values())):
         return History(points, "recorded with the stored model")
     logs = _newest_first(folder)
@@ -247,10 +248,10 @@ def _quantity(name: str) -> tuple[str, int]:
 
 def _order(
     panels: Mapping[str, list[tuple[int, _Points]]], *, several: bool
-) -> Callable[[str], tuple[bool, bool, str]]:
+) -> Callable[[str], tuple[bool, bool, list[tuple[bool, Any]]]]:
     """Losses first, then what was measured on held-out data, then the rest."""
 
-    def key(title: str) -> tuple[bool, bool, str]:
+    def key(title: str) -> tuple[bool, bool, list[tuple[bool, Any]]]:
         held_out = (
             title.startswith(("val/", "test/")) if several else any(split in (1, 2) for split, _ in panels[title])
         )

@@ -37,8 +37,8 @@ import torch
 from torch import Tensor, nn
 
 from zoo.combined_maps import Combine, combine_maps, normalize_map, resize_map
-from zoo.contributions import Aggregate, Extract, contribution_map, require_choice
-from zoo.errors import InputError
+from zoo.contributions import Aggregate, Extract, contribution_map
+from zoo.errors import InputError, require_choice
 from zoo.layer_taps import Capture, LayerTaps, convolution_input, find_layers
 from zoo.randomization import RandomizationCheck, randomization_check
 from zoo.score_passes import Score, ScorePasses, Targets

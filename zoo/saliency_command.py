@@ -66,7 +66,7 @@ def explain(
     classes: Sequence[str | int] = (_PREDICTED,),
     meta_lr: float | None = None,
     combine: Combine = "geomean",
-    alpha: float = 0.8,
+    opacity: float = 0.8,
     device: str | None = None,
     preparation: Preparation | None = None,
     note: Callable[[str], object] | None = None,
@@ -83,7 +83,7 @@ def explain(
         classes: what to explain in each image, one overlay each: ``"predicted"``, or the number of a class.
         meta_lr: see `zoo.saliency.saliency`.
         combine: see `zoo.combined_maps.combine_maps`.
-        alpha: opacity of the most salient place, 0 … 1.
+        opacity: opacity of the most salient place, 0 … 1.
         device: such as ``cuda``; a GPU if there is one, else the CPU, if omitted.
         preparation: how images are prepared, where that is not recorded or not what is wanted; as recorded if omitted.
         note: is told what the user should know, such as that a map cannot depend on the class; standard error if omitted.
@@ -119,7 +119,7 @@ def explain(
             drawn = []
             for target in asked:
                 found = layer_maps(subject.network, x, target, layers=names, method=method, meta_lr=meta_lr)
-                drawn.append(_draw(found, x, some, combine, alpha))
+                drawn.append(_draw(found, x, some, combine, opacity))
             results += [one for row in zip(*drawn, strict=True) for one in row]
     return results
 
@@ -185,7 +185,7 @@ def _read(file: Path) -> Image:
 
 
 def _draw(
-    found: LayerMaps, x: Tensor, places: Sequence[tuple[Path, Path]], combine: Combine, alpha: float
+    found: LayerMaps, x: Tensor, places: Sequence[tuple[Path, Path]], combine: Combine, opacity: float
 ) -> list[Explained]:
     """Write the overlays of one batch and class."""
     from PIL import Image
@@ -202,7 +202,7 @@ def _draw(
             warnings.warn(
                 f"{image}: the map of class {target} is constant, nothing is laid over", UserWarning, stacklevel=2
             )
-        pixels = overlay(x[row], whole[row], alpha=alpha)
+        pixels = overlay(x[row], whole[row], opacity=opacity)
         times = max(1, _SHOWN // max(pixels.shape[:2]))
         file = place.with_name(f"{place.name}-class{target}.png")
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -36,12 +36,12 @@ class Preparation:
     """How the user wants images to be prepared; what is None is looked up.
 
     Attributes:
-        size: side of the network's input in pixels.
+        image_size: side of the network's input in pixels.
         mean: what is subtracted from each channel, in [0, 1].
         std: what each channel is divided by then, positive.
     """
 
-    size: int | None = None
+    image_size: int | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
 
@@ -89,7 +89,7 @@ def find_subject(source: str, preparation: Preparation, tell: Callable[[str], ob
     if not towers.has_weights(source):
         tell(f"{source!r} is a bare architecture: its weights are random, and so is what they find")
     if preparation != Preparation():
-        prepare = _plain(_first_channels(tower.network), preparation.size, preparation, tell, source)
+        prepare = _plain(_first_channels(tower.network), preparation.image_size, preparation, tell, source)
     else:
         prepare = _recorded(tower)
     return Subject(tower.network, tower.num_classes, prepare)
@@ -99,7 +99,7 @@ def _recorded(tower: towers.Tower) -> Prepare:
     try:
         transform = tower.transform
     except InputError as error:
-        raise InputError(f"{error}: give --size, --mean and --std") from error
+        raise InputError(f"{error}: give --image-size, --mean and --std") from error
     return lambda image: transform(image.convert("RGB"))
 
 
@@ -114,7 +114,7 @@ def _stored(source: str, preparation: Preparation, tell: Callable[[str], object]
     channels = shape[0] if shape is not None else _first_channels(model.network)
     if preparation != Preparation() or shape is None:
         recorded = shape[1:] if shape is not None else None
-        size = preparation.size if preparation.size is not None else recorded
+        size = preparation.image_size if preparation.image_size is not None else recorded
         prepare = _plain(channels, size, preparation, tell, source)
     else:
         prepare = _as_trained(model.run_facts or {}, (shape[0], shape[1], shape[2]), tell, source)
@@ -174,12 +174,12 @@ def _plain(
 ) -> Prepare:
     """Return what cuts the middle of an image in the shape of the input, resizes it (bilinear), and normalises it."""
     if size is None:
-        raise InputError(f"nothing records the size of the inputs of {source}: give --size")
+        raise InputError(f"nothing records the size of the inputs of {source}: give --image-size")
     height, width = (size, size) if isinstance(size, int) else size
     if channels not in (1, 3):
         raise InputError(f"{source} takes images of {channels} channels, which no image file has")
     if min(height, width) < 1:
-        raise InputError(f"--size must be at least 1, got {height}")
+        raise InputError(f"--image-size must be at least 1, got {height}")
     if (preparation.mean is None) != (preparation.std is None):
         raise InputError("--mean and --std must be given together")
     if preparation.mean is None or preparation.std is None:

@@ -37,7 +37,7 @@ class SoftTokens(nn.Module):
     """Tokens for each layer, and an offset for each layer and range of time that all tokens of the layer share.
 
     Args:
-        layers: for how many blocks; 1 is a bank that all blocks share.
+        depth: for how many blocks; 1 is a bank that all blocks share.
         tokens: how many a layer has.
         width: how wide the text is inside the network (`token_width`).
         buckets: into how many ranges of equal length the times 0 … 999 are divided; 0 for tokens that are the same at all
@@ -45,32 +45,32 @@ class SoftTokens(nn.Module):
         init_std: both parameters begin as normal numbers of this deviation, each token with its own.
 
     Attributes:
-        base: the tokens (layers, tokens, width), in float32.
-        offset: (buckets, layers, width), or None.
+        base: the tokens (depth, tokens, width), in float32.
+        offset: (buckets, depth, width), or None.
 
     Raises:
         InputError: a number is no count, or `init_std` is negative or not finite.
 
     Example:
-        >>> bank = SoftTokens(layers=2, tokens=4, width=8)
+        >>> bank = SoftTokens(depth=2, tokens=4, width=8)
         >>> bank(torch.tensor([0.0, 500.0, 1000.0])).shape
         torch.Size([3, 2, 4, 8])
     """
 
-    def __init__(self, layers: int, tokens: int, width: int, buckets: int = 100, *, init_std: float = 0.02) -> None:
+    def __init__(self, depth: int, tokens: int, width: int, buckets: int = 100, *, init_std: float = 0.02) -> None:
         super().__init__()
-        for name, value in {"layers": layers, "tokens": tokens, "width": width, "buckets": buckets}.items():
+        for name, value in {"depth": depth, "tokens": tokens, "width": width, "buckets": buckets}.items():
             least = 0 if name == "buckets" else 1
             if not isinstance(value, int) or value < least or (name == "buckets" and value > _LAST_STEP + 1):
                 most = f" and at most {_LAST_STEP + 1}" if name == "buckets" else ""
                 raise InputError(f"{name} must be a whole number of at least {least}{most}, got {value!r}")
         require_number("init_std", init_std, positive=False)
-        self.layers = layers
+        self.depth = depth
         self.tokens = tokens
         self.width = width
         self.buckets = buckets
-        self.base = nn.Parameter(torch.randn(layers, tokens, width) * init_std)
-        self.offset = nn.Parameter(torch.randn(buckets, layers, width) * init_std) if buckets else None
+        self.base = nn.Parameter(torch.randn(depth, tokens, width) * init_std)
+        self.offset = nn.Parameter(torch.randn(buckets, depth, width) * init_std) if buckets else None
 
     @torch.no_grad()
     def start_at(self, embedding: Tensor) -> None:
@@ -80,7 +80,7 @@ class SoftTokens(nn.Module):
         the empty prompt.
 
         Args:
-            embedding: what is added, (width,) or another shape that broadcasts to (layers, tokens, width).
+            embedding: what is added, (width,) or another shape that broadcasts to (depth, tokens, width).
 
         Raises:
             InputError: the shape does not broadcast.
@@ -123,16 +123,16 @@ class SoftTokens(nn.Module):
             timestep: times on the scale 0 … 1000, one or (B,), of any type and on any device.
 
         Returns:
-            (B, layers, tokens, width), with B = 1 for one time, in the type of the parameters and on their device.
+            (B, depth, tokens, width), with B = 1 for one time, in the type of the parameters and on their device.
         """
         if self.offset is None:
             return self.base.expand(torch.as_tensor(timestep).numel(), -1, -1, -1)
         rows = F.embedding(self.bucket(timestep), self.offset.flatten(1))
-        return self.base + rows.view(len(rows), self.layers, 1, self.width)
+        return self.base + rows.view(len(rows), self.depth, 1, self.width)
 
     def extra_repr(self) -> str:
         """Return the sizes, for the printed form."""
-        return f"layers={self.layers}, tokens={self.tokens}, width={self.width}, buckets={self.buckets}"
+        return f"depth={self.depth}, tokens={self.tokens}, width={self.width}, buckets={self.buckets}"
 
 
 class _Argument:
@@ -240,7 +240,7 @@ class Attachment:
         self._handles = [network.register_forward_pre_hook(supply, with_kwargs=True)]
         for name in found.names:
             block = network.get_submodule(name)
-            layer = (places.index(name) if bank.layers > 1 else 0) if name in places else None
+            layer = (places.index(name) if bank.depth > 1 else 0) if name in places else None
             insert = _Insert(block, found.extras, layer)
             self._handles.append(block.register_forward_pre_hook(insert, with_kwargs=True))
             if found.joint and layer is not None:
@@ -289,7 +289,7 @@ def attach(denoiser: Any, bank: SoftTokens, blocks: str | Sequence[int | str] | 
     Example:
         >>> from zoo.architectures.tiny_mmdit import TinyMMDiT
         >>> network = TinyMMDiT()
-        >>> bank = SoftTokens(layers=2, tokens=4, width=token_width(network))
+        >>> bank = SoftTokens(depth=2, tokens=4, width=token_width(network))
         >>> with attach(network, bank, blocks=[0, 1]) as attachment:
         ...     attachment.places
         ['transformer_blocks.0', 'transformer_blocks.1']
@@ -302,10 +302,10 @@ def attach(denoiser: Any, bank: SoftTokens, blocks: str | Sequence[int | str] | 
             f"bank must be as wide as the text inside {type(network).__name__}, {width}, got {bank.width}; make it with "
             "width=token_width(denoiser)"
         )
-    if bank.layers not in (1, len(places)):
+    if bank.depth not in (1, len(places)):
         raise InputError(
             f"bank must have one layer for each of {len(places)} blocks ({', '.join(places)}), or 1 that they share, got "
-            f"{bank.layers}; name as many blocks with blocks=, or make another bank"
+            f"{bank.depth}; name as many blocks with blocks=, or make another bank"
         )
     if _attachment_of(network) is not None:
         raise InputError(

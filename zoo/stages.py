@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import InputError, nearest
+from zoo.features import KeptHooks
 from zoo.meta_pass import Call, observe
 
 __all__ = ["Layout", "StageTap", "as_map", "layout_of"]
@@ -28,7 +29,7 @@ class Layout(NamedTuple):
     channels_last: bool = False
 
 
-class StageTap:
+class StageTap(KeptHooks):
     """The outputs of named modules, captured as maps (B, C, H, W) while the network runs.
 
     It goes with whatever runs the network, a `zoo.features.FeatureTap` for example, so that one pass gives logits,
@@ -74,7 +75,7 @@ class StageTap:
         prefix_tokens: int | None = None,
         example: Tensor | None = None,
     ) -> None:
-        self.network = network
+        super().__init__(network)
         self.names = tuple(names)
         if not self.names or isinstance(names, str):
             raise InputError(f"names must be a list of module names, at least one, got {names!r}")
@@ -96,25 +97,6 @@ class StageTap:
         self.channels = tuple(channels)
         self._outputs: dict[int, Tensor] = {}
         self._listening = False
-        # A flag of its own: a compiled step may read it, the handles it may not.
-        self._installed = False
-        self._handles: list[Any] = []
-
-    def install(self) -> None:
-        """Keep the hooks between calls, so that a compiled training step need not register them."""
-        if self._installed:
-            return
-        if any(module._compiled_call_impl is not None for module in self.network.modules()):
-            # Code that was compiled without the hooks does not look for them.
-            torch.compiler.reset()
-        self._register()
-
-    def remove(self) -> None:
-        """Take the hooks away; the network is as it was."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self._installed = False
 
     def collect(self, run: Callable[..., _Result], *args: Any) -> tuple[_Result, list[Tensor]]:
         """Call something that runs the network, and capture the maps; without `install` a compiled network runs eagerly.
@@ -240,7 +222,7 @@ def layout_of(network: nn.Module, name: str, value: Tensor, prefix_tokens: int |
         network: the network.
         name: the stage.
         value: an output of it.
-        prefix_tokens: tokens in front of the image's; the network's own number if None.
+        prefix_tokens: tokens in front of the image's; the network's own number if omitted.
 
     Raises:
         InputError: tokens that fill no grid.

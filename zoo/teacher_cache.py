@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 import zoo
 from zoo import transport
-from zoo.errors import InputError
+from zoo.errors import InputError, require_choice
 from zoo.metrics import ClassMeans
 from zoo.stored_config import read_config
 from zoo.teacher_file import TeacherFacts, building, commit, map_tensors, partial_path, read_facts, to_rows, write_rows
@@ -149,8 +149,7 @@ class TeacherCache:
         """
         if not tower.frozen:
             raise InputError("a teacher cache needs a frozen teacher: build it with towers.create(…, frozen=True)")
-        if dtype not in {"float32", "float16"}:
-            raise InputError(f"dtype must be 'float32' or 'float16', got {dtype!r}")
+        require_choice("dtype", dtype, ("float32", "float16"))
         path = Path(path).absolute()
         data = TrainingSamples(source, next(tower.parameters()).device)
         with isolate_rng():

@@ -17,8 +17,9 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from zoo import towers
+from zoo.aligned_encoder import AlignedEncoder
 from zoo.alignment_heads import HeadName, build_head
-from zoo.errors import InputError
+from zoo.errors import InputError, require_choice
 from zoo.frozen_layers import choose_layers, layer_features, layer_width
 from zoo.layer_cache import CachedLayers
 from zoo.layer_features import sample_batches
@@ -31,7 +32,7 @@ from zoo.pair_evaluation import PairEvaluation, unit
 __all__ = ["MODALITIES", "TwoHeadModule"]
 
 MODALITIES = ("image", "text")
-_LAYERS = ("select", "last")
+_CHOICES = ("select", "last")
 
 
 class TwoHeadModule(ZooModule):
@@ -43,20 +44,20 @@ class TwoHeadModule(ZooModule):
     Args:
         image: the image tower: a tower name, or a module.
         text: the text tower.
-        image_layer: name of the layer that feeds the head, or "features", the tower's own; chosen if None.
+        image_layer: name of the layer that feeds the head, or "features", the tower's own; chosen if omitted.
         text_layer: the same.
-        image_dim: width of that layer; looked up at the start of fit if None.
+        image_dim: width of that layer; looked up at the start of fit if omitted.
         text_dim: the same.
-        layers: how layers are chosen, "select" or "last"; see `zoo.frozen_layers.choose_layers`.
+        layer_choice: how layers are chosen, "select" or "last"; see `zoo.frozen_layers.choose_layers`.
         neighbours: k of the choice.
-        selection_samples: pairs of the choice, at least 2.
+        selection_samples: pairs that the choice is made from, at most, at least 2.
         head: see `zoo.alignment_heads`, ``"canonical"`` included.
         embed_dim: width D of the common space.
         image_options: options for the builder of a named tower.
         text_options: the same.
-        cache: folder for the features of the chosen layers; see `zoo.layer_cache`.
+        layer_cache: folder for the features of the chosen layers; see `zoo.layer_cache`.
         pad_id: token number of padding, where the text tower does not know it.
-        recall: the k of the retrieval metrics.
+        k: the k of the retrieval metrics.
         kept_neighbours: k of trustworthiness and continuity in evaluation, or None for neither.
 
     Attributes:
@@ -76,29 +77,30 @@ class TwoHeadModule(ZooModule):
         text_layer: str | None,
         image_dim: int | None,
         text_dim: int | None,
-        layers: Literal["select", "last"],
+        layer_choice: Literal["select", "last"],
         neighbours: int | Literal["rice", "sqrt", "sturges"],
         selection_samples: int,
         head: HeadName | Literal["canonical"],
         embed_dim: int,
         image_options: dict[str, Any] | None,
         text_options: dict[str, Any] | None,
-        cache: str | None,
+        layer_cache: str | None,
         pad_id: int | None,
-        recall: Sequence[int],
+        k: Sequence[int],
         kept_neighbours: int | None,
     ) -> None:
         super().__init__()
         # A place on this machine, which no stored model should hold.
-        self._arguments.pop("cache", None)
-        if layers not in _LAYERS:
-            raise InputError(f"layers must be one of {', '.join(_LAYERS)}, got {layers!r}")
+        self._arguments.pop("layer_cache", None)
+        require_choice("layer_choice", layer_choice, _CHOICES)
         if selection_samples < 2:
             raise InputError(f"selection_samples must be at least 2, got {selection_samples}")
-        self.cache = cache
+        self.layer_cache = layer_cache
         self.layers: dict[str, str | None] = {"image": image_layer, "text": text_layer}
         self._widths = {"image": image_dim, "text": text_dim}
-        self._selection: dict[str, Any] = {"layers": layers, "k": neighbours, "samples": selection_samples}
+        self._selection: dict[str, Any] = {
+            "layer_choice": layer_choice, "k": neighbours, "max_samples": selection_samples
+        }  # fmt: skip
         self.layer_scores: LayerScores | None = None
         self.head = head
         self.embed_dim = embed_dim
@@ -116,12 +118,21 @@ class TwoHeadModule(ZooModule):
                 self.attach_frozen(modality, tower)
             else:
                 setattr(self, modality, tower)
-        self.evaluation = PairEvaluation(MODALITIES, [f"structure/{modality}" for modality in MODALITIES], recall)
+        self.evaluation = PairEvaluation(MODALITIES, [f"structure/{modality}" for modality in MODALITIES], k)
         self.neighbourhoods = nn.ModuleDict(
             {} if kept_neighbours is None else {m: NeighbourhoodTransfer(kept_neighbours) for m in MODALITIES}
         )
 
     # -- embeddings ------------------------------------------------------------------------------------------------
+
+    @property
+    def network(self) -> nn.Module:
+        """The image tower with its head, images -> unit embeddings: what a name such as ``./runs/structure-digits`` is.
+
+        Raises:
+            InputError: the layer is not chosen yet.
+        """
+        return AlignedEncoder(self.image, self._chosen_layer("image"), self.image_head, "image", pad_id=self.pad_id)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the unit embeddings (B, D) of images (B, C, H, W)."""
@@ -152,10 +163,14 @@ class TwoHeadModule(ZooModule):
         return build_tokenizer(self._clip_name, int(length))(x).to(self.device)
 
     def _layer(self, modality: str, x: Tensor) -> Tensor:
+        layer = self._chosen_layer(modality)
+        return layer_features(getattr(self, modality), x, layer, modality=modality, pad_id=self.pad_id)
+
+    def _chosen_layer(self, modality: str) -> str:
         layer = self.layers[modality]
         if layer is None:
             raise InputError(f"the {modality} layer is not chosen yet: fit the model, or name {modality}_layer")
-        return layer_features(getattr(self, modality), x, layer, modality=modality, pad_id=self.pad_id)
+        return layer
 
     def aligned(self, modality: str, features: Tensor) -> Tensor:
         """Return what the head of a modality makes of frozen features: (B, D), not normalised.
@@ -193,9 +208,9 @@ class TwoHeadModule(ZooModule):
             getattr(self, modality).to(self.trainer.strategy.root_device)
         if None in self.layers.values() or None in self._widths.values():
             self._choose(self._pairs())
-        if self.cache is not None:
+        if self.layer_cache is not None:
             self._cached = CachedLayers(
-                self.cache, self.trainer, towers={m: getattr(self, m) for m in MODALITIES},
+                self.layer_cache, self.trainer, towers={m: getattr(self, m) for m in MODALITIES},
                 layers={m: str(layer) for m, layer in self.layers.items()}, pad_id=self.pad_id,
             )  # fmt: skip
             self.example_shape = self.example_shape or self._cached.example_shape

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from zoo import towers
 from zoo.encoder import Encoder
-from zoo.errors import InputError, nearest
+from zoo.errors import InputError, require_choice
 from zoo.features import FeatureTap, OutputTap
 from zoo.module import ZooModule
 from zoo.open_clip_networks import build_tokenizer
@@ -31,10 +31,10 @@ class TwoTowerModule(ZooModule):
     The frozen tower stays in eval mode and gets no gradient. If its weights have a public name (timm, torchvision, open_clip
     with a tag, a stored model on the Hub) it is not stored with the model; otherwise it is.
 
-    Logged: ``train/loss``, ``train/scale``; in validation ``val/loss``, ``val/retrieval/{a}_to_{b}/r{k}``, ``val/structure``
-    (Spearman correlation between the pairwise cosines of the trained embeddings and of the frozen features), and
-    ``val/zero_shot/{name}`` where one modality is text and the data module has ``zero_shot_prompts()``: name -> prompts of
-    each class; the batch needs "label" then. The same under ``test/``.
+    Logged: ``train/loss``, ``train/scale``; in validation ``val/loss``, ``val/retrieval/{a}_to_{b}/r{k}`` and
+    ``…/median_rank``, ``val/structure`` (Spearman correlation between the pairwise cosines of the trained embeddings and of
+    the frozen features), and ``val/zero_shot/{name}`` where one modality is text and the data module has
+    ``zero_shot_prompts()``: name -> prompts of each class; the batch needs "label" then. The same under ``test/``.
 
     Args:
         trained: the tower that is trained: a tower name or a module with ``output_dim``.
@@ -48,11 +48,11 @@ class TwoTowerModule(ZooModule):
         init_scale: start of the scale, the inverse temperature.
         max_scale: bound of the scale.
         learn_scale: learn its logarithm.
-        recall: the k of the retrieval metrics.
+        k: the k of the retrieval metrics.
         chunk_size: tile of the loss; the engine chooses if omitted.
         lr: learning rate of the default optimizer, AdamW.
         weight_decay: its weight decay; biases, norms and the scale have none.
-        warmup: share of the steps in which the learning rate grows linearly, before it falls as a cosine to 0.
+        lr_warmup_share: share of the steps in which the learning rate grows linearly, before it falls as a cosine to 0.
     """
 
     deployable = "trained"
@@ -72,16 +72,16 @@ class TwoTowerModule(ZooModule):
         init_scale: float,
         max_scale: float,
         learn_scale: bool,
-        recall: Sequence[int],
+        k: Sequence[int],
         chunk_size: int | None,
         lr: float,
         weight_decay: float,
-        warmup: float,
+        lr_warmup_share: float,
     ) -> None:
         super().__init__()
         _check_numbers(
             trained_modality=trained_modality, frozen_modality=frozen_modality, init_scale=init_scale, max_scale=max_scale,
-            embed_dim=embed_dim, warmup=warmup,
+            embed_dim=embed_dim, lr_warmup_share=lr_warmup_share,
         )  # fmt: skip
         self.trained_modality = trained_modality
         self.frozen_modality = frozen_modality
@@ -90,7 +90,7 @@ class TwoTowerModule(ZooModule):
         self.max_scale = max_scale
         self.lr = lr
         self.weight_decay = weight_decay
-        self.warmup = warmup
+        self.lr_warmup_share = lr_warmup_share
 
         geometry = _create(frozen, frozen_modality, "frozen_options", frozen_options, locked=locked)
         tower = _create(trained, trained_modality, "trained_options", trained_options, locked=False)
@@ -114,7 +114,7 @@ class TwoTowerModule(ZooModule):
         }
         self.log_scale = nn.Parameter(torch.tensor(math.log(init_scale)), requires_grad=learn_scale)
 
-        self.evaluation = PairEvaluation((frozen_modality, trained_modality), ["structure"], recall)
+        self.evaluation = PairEvaluation((frozen_modality, trained_modality), ["structure"], k)
 
     # -- embeddings ------------------------------------------------------------------------------------------------
 
@@ -136,8 +136,7 @@ class TwoTowerModule(ZooModule):
             InputError: there is no such modality, or texts for a tower that reads none.
         """
         known = (self.trained_modality, self.frozen_modality)
-        if modality not in known:
-            raise InputError(f"modality must be one of {', '.join(known)}, got {modality!r}.{nearest(modality, known)}")
+        require_choice("modality", modality, known)
         trained = modality == self.trained_modality
         if not isinstance(x, Tensor):
             x = self._tokens(self.trained if trained else self.frozen, modality, x)
@@ -309,7 +308,7 @@ class TwoTowerModule(ZooModule):
         ]
         optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=self.lr, betas=(0.9, 0.98))
         total = max(1, int(self.trainer.estimated_stepping_batches))
-        rise = max(1, round(total * self.warmup))
+        rise = max(1, round(total * self.lr_warmup_share))
 
         def factor(step: int) -> float:
             if step < rise:
@@ -343,5 +342,5 @@ def _check_numbers(**options: Any) -> None:
         )
     if options["embed_dim"] is not None and options["embed_dim"] < 1:
         raise InputError(f"embed_dim must be positive or None, got {options['embed_dim']}")
-    if not 0 <= options["warmup"] < 1:
-        raise InputError(f"warmup must be a share of the steps in [0, 1), got {options['warmup']}")
+    if not 0 <= options["lr_warmup_share"] < 1:
+        raise InputError(f"lr_warmup_share must be a share of the steps in [0, 1), got {options['lr_warmup_share']}")

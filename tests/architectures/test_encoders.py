@@ -14,7 +14,7 @@ from zoo.errors import InputError
 
 def test_text_transformer_reads_at_the_end_of_the_text_and_nothing_behind_it() -> None:
     torch.manual_seed(0)
-    tower = towers.create("zoo/text_transformer", embedding=True, width=32, layers=1, output_dim=8)
+    tower = towers.create("zoo/text_transformer", embedding=True, width=32, depth=1, output_dim=8)
     tokens = tower.tokenizer(["the digit three", "3"])
     assert tokens.shape == (2, 16)
     assert tower.dim == 8
@@ -37,7 +37,7 @@ def test_golden_mel_filters() -> None:
 
 
 def test_log_mel_finds_the_pitch() -> None:
-    encoder = LogMelEncoder(width=16, layers=1, heads=2, output_dim=4, mels=40)
+    encoder = LogMelEncoder(width=16, depth=1, heads=2, output_dim=4, mels=40)
     time = torch.arange(16000) / 16000
     spectra = encoder.log_mel(torch.stack([torch.sin(2 * math.pi * f * time) for f in (300.0, 1000.0, 4000.0)]))
     assert spectra.shape == (3, 40, 101)
@@ -51,7 +51,7 @@ def test_log_mel_finds_the_pitch() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_log_mel_encoder_in_half_and_double_precision(dtype: torch.dtype) -> None:
-    encoder = LogMelEncoder(width=16, layers=1, heads=2, output_dim=4, mels=20).to(dtype)
+    encoder = LogMelEncoder(width=16, depth=1, heads=2, output_dim=4, mels=20).to(dtype)
     embeddings = encoder(torch.randn(2, 4000))
     assert (embeddings.dtype, embeddings.shape) == (dtype, (2, 4))
     embeddings.sum().backward()
@@ -59,7 +59,7 @@ def test_log_mel_encoder_in_half_and_double_precision(dtype: torch.dtype) -> Non
 
 
 def test_silence_is_finite() -> None:
-    assert bool(torch.isfinite(LogMelEncoder(width=16, layers=1, heads=2, mels=20)(torch.zeros(1, 400))).all())
+    assert bool(torch.isfinite(LogMelEncoder(width=16, depth=1, heads=2, mels=20)(torch.zeros(1, 400))).all())
 
 
 def test_features_are_themselves() -> None:
@@ -72,11 +72,11 @@ def test_bad_sizes() -> None:
         text_transformer(width=30)
     with pytest.raises(InputError, match="context_length must be at least 3"):
         text_transformer(context_length=2)
-    with pytest.raises(InputError, match="layers must be positive, got 0"):
-        LogMelEncoder(layers=0)
+    with pytest.raises(InputError, match="depth must be positive, got 0"):
+        LogMelEncoder(depth=0)
     with pytest.raises(InputError, match="at least 400 samples"):
-        LogMelEncoder(width=16, heads=2, layers=1)(torch.zeros(1, 399))
+        LogMelEncoder(width=16, heads=2, depth=1)(torch.zeros(1, 399))
     with pytest.raises(InputError, match="floating point"):
-        LogMelEncoder(width=16, heads=2, layers=1)(torch.zeros(1, 4000, dtype=torch.int64))
+        LogMelEncoder(width=16, heads=2, depth=1)(torch.zeros(1, 4000, dtype=torch.int64))
     with pytest.raises(InputError, match="expected embeddings"):
         towers.create("zoo/features", embedding=True, dim=4).features(torch.zeros(2, 5))

@@ -108,5 +108,5 @@ def test_bad_arguments() -> None:
         StructureRegularizer("a", "b", -1.0)
     with pytest.raises(InputError, match=r"no layer 'encodr'.*encoder"):
         trained(Two(), callbacks=[StructureRegularizer("encodr", "head")])
-    with pytest.raises(InputError, match="divergence must be 'released' or 'js', got 'kl'"):
+    with pytest.raises(InputError, match="divergence must be one of released, js, got 'kl'"):
         regularizer(divergence="kl")

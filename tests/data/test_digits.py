@@ -107,7 +107,7 @@ def test_training_split_is_the_evaluated_one_in_another_order():
 
 @pytest.mark.parametrize(("size", "channels"), [(8, 3), (16, 1), (20, 1), (32, 3)])
 def test_sizes_and_channels(size, channels):
-    data = DigitsDataModule(size=size, channels=channels)
+    data = DigitsDataModule(image_size=size, channels=channels)
     images, _ = next(iter(data.test_dataloader()))
     raw = torch.tensor(load_digits().images[expected_split()["test"][:64]] / 16).unsqueeze(1)
     if size != 8:
@@ -122,8 +122,8 @@ def test_sizes_and_channels(size, channels):
 
 @pytest.mark.parametrize(("size", "step"), [(8, 1), (32, 4)])
 def test_augmentation_shifts_by_one_original_pixel(size, step):
-    plain = DigitsDataModule(size=size, batch_size=2000)
-    moved = DigitsDataModule(size=size, batch_size=2000, augment=True)
+    plain = DigitsDataModule(image_size=size, batch_size=2000)
+    moved = DigitsDataModule(image_size=size, batch_size=2000, augment=True)
     (images, _), (views, _) = next(iter(plain.train_dataloader())), next(iter(moved.train_dataloader()))
     black = -MEAN / STD
     padded = F.pad(images - black, (step,) * 4) + black
@@ -190,7 +190,7 @@ def test_setup_reads_once():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"size": 7}, "size must be at least 8, the side of the original images, got 7"),
+        ({"image_size": 7}, "image_size must be at least 8, the side of the original images, got 7"),
         ({"channels": 2}, "channels must be 1 or 3, got 2"),
         ({"train_samples": 5}, r"train_samples must lie between the number of classes \(10\) .* \(1259\), got 5"),
         ({"train_samples": 1260}, "train_samples must lie between"),

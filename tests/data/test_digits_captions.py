@@ -55,7 +55,7 @@ def test_captions_differ_in_the_digit_alone(split):
 
 
 def test_identity_images_are_those_of_the_digits():
-    options: dict[str, Any] = {"augment": True, "size": 16, "channels": 3, "train_samples": 100, "batch_size": 64}
+    options: dict[str, Any] = {"augment": True, "image_size": 16, "channels": 3, "train_samples": 100, "batch_size": 64}
     ours, theirs = DigitsCaptionsDataModule(**options), DigitsDataModule(**options)
     whole = torch.cat([y for _, y in DigitsDataModule(val_share=0.0, test_share=0.0).train_eval_dataloader()])
     for split in ("train", "train_eval", "val", "test"):
@@ -135,9 +135,9 @@ def test_two_processes_share_the_images():
 
 
 def test_bad_arguments():
-    with pytest.raises(InputError, match=r"eval_wording must be 'seen' or 'unseen', got 'unsen'. Did you mean unseen"):
+    with pytest.raises(InputError, match=r"eval_wording must be one of seen, unseen, got 'unsen'. Did you mean unseen"):
         DigitsCaptionsDataModule(eval_wording="unsen")
-    with pytest.raises(InputError, match="split must be 'seen' or 'unseen', got 'val'"):
+    with pytest.raises(InputError, match="split must be one of seen, unseen, got 'val'"):
         DigitsCaptionsDataModule().class_prompts("val")
     with pytest.raises(InputError, match=r"context_length must be at least 11, .* got 8"):
         DigitsCaptionsDataModule(context_length=8).setup()

@@ -188,8 +188,8 @@ def test_skipped_samples_are_counted(tmp_path):
 
 def test_bad_arguments(tmp_path):
     for match, options in (
-        ("on_error must be 'raise' or 'skip', got 'ignore'", {"on_error": "ignore"}),
-        ("eval_captions must be 'all' or 'first', got 'one'", {"eval_captions": "one"}),
+        ("on_error must be one of raise, skip, got 'ignore'", {"on_error": "ignore"}),
+        ("eval_captions must be one of all, first, got 'one'", {"eval_captions": "one"}),
         ("shuffle_shards must be at least 1, got 0", {"shuffle_shards": 0}),
         ("train_transform has no option 'crop'", {"train_transform": {"crop": 1}}),
         ("mean and std must have three numbers", {"mean": [0.5]}),

@@ -140,7 +140,7 @@ def test_bad_caches(folder: str, tmp_path: Path) -> None:
         LatentCaptionsDataModule(folder, val=str(tmp_path / "other/train")).setup()
     with pytest.raises(InputError, match="holds no latent cache"):
         LatentCaptionsDataModule(str(tmp_path)).setup()
-    with pytest.raises(InputError, match="eval_captions must be 'all' or 'first', got 'last'"):
+    with pytest.raises(InputError, match="eval_captions must be one of all, first, got 'last'"):
         LatentCaptionsDataModule(folder, eval_captions="last")  # type: ignore[arg-type]
     copy = shutil.copytree(folder, tmp_path / "copy")
     content = (copy / "latents-00000.safetensors").read_bytes()

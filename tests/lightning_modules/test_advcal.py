@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from zoo.lightning_modules.advcal import AdversarialCalibration
 
-from tests.advcal_cases import ALPHA, CENTERS, EPS, INPUTS, LABELS, SCALE, START, STEPS, encode, head
+from tests.advcal_cases import ALPHA, CENTRES, EPS, INPUTS, LABELS, SCALE, START, STEPS, encode, head
 from tests.calibration_cases import Toy, quiet, toy, toy_data
 from tests.processes import fit_in_two_processes
 from zoo.attacks import attack_loss, pgd
@@ -33,7 +33,7 @@ def digits_model(**options: Any) -> AdversarialCalibration:
     torch.manual_seed(0)
     given: dict[str, Any] = {
         "encoder_options": {name: {"in_chans": 1} for name in RANGES}, "valid_range": RANGES, "steps": 2,
-        "eval_steps": 2, "eval_samples": 8, "centers": torch.randn(10, 64).tolist(), **options,
+        "eval_steps": 2, "eval_samples": 8, "centres": torch.randn(10, 64).tolist(), **options,
     }  # fmt: skip
     return AdversarialCalibration({"image": "zoo/resnet8", "profile": "zoo/resnet8"}, **given)
 
@@ -89,20 +89,20 @@ def test_identity_training_step_is_the_formula(target: Any, objective: Any) -> N
     noise = torch.rand(INPUTS.shape, generator=generator_of(INPUTS.device, (3, 1, 0, 0, 0, 5)), dtype=INPUTS.dtype)
     start = (INPUTS + 0.1 * (2 * noise - 1)).clamp(0, 1)
     through = (lambda x: head(encode(x))) if target == "full" else encode
-    centers = F.normalize(F.normalize(CENTERS, dim=2).mean(1), dim=1)
+    centres = F.normalize(F.normalize(CENTRES, dim=2).mean(1), dim=1)
 
     def raised(x: Tensor) -> Tensor:
         if objective == "l2":
             return (through(x) - encode(INPUTS)).square().sum(1)
-        return F.cross_entropy(SCALE * through(x) @ centers.T, LABELS, reduction="none")
+        return F.cross_entropy(SCALE * through(x) @ centres.T, LABELS, reduction="none")
 
     moved = head(encode(pgd_by_hand(raised, INPUTS, start, 0.1, 0.03, 4)))
     clean = encode(INPUTS)
     terms = {
         "l2": (moved - clean).square().sum(1).mean(),
-        "ce": F.cross_entropy(SCALE * moved @ centers.T, LABELS),
+        "ce": F.cross_entropy(SCALE * moved @ centres.T, LABELS),
     }
-    wanted, found = ((SCALE * side @ centers.T).log_softmax(1) for side in (clean, moved))
+    wanted, found = ((SCALE * side @ centres.T).log_softmax(1) for side in (clean, moved))
     divergence = (wanted.exp() * (wanted - found)).sum(1).mean()
     expected = terms[objective] + 0.1 * (divergence + (head(clean) - clean).square().sum(1).mean())
     assert loss.item() == pytest.approx(expected.item(), abs=1e-9)
@@ -116,7 +116,7 @@ def test_identity_training_step_is_the_formula(target: Any, objective: Any) -> N
 def test_only_attacked_inputs_train_without_the_identity() -> None:
     model = toy(clean_identity=False)
     assert model.terms("image", encode(INPUTS), encode(START), None).keys() == {"l2", "divergence"}
-    assert toy(beta=0.0).terms("image", encode(INPUTS), encode(START), None).keys() == {"l2"}
+    assert toy(regulariser_weight=0.0).terms("image", encode(INPUTS), encode(START), None).keys() == {"l2"}
 
 
 def test_modalities_count_alike_and_need_not_all_be_there() -> None:
@@ -318,7 +318,7 @@ def test_as_many_samples_are_attacked_as_asked_for() -> None:
         ({"objective": "kl"}, "objective must be one of ce, l2, nce, got 'kl'"),
         ({"objective": {}}, "objective must name at least one of ce, l2, nce"),
         ({"objective": {"ce": 0.0}}, r"objective\['ce'\] must be"),
-        ({"beta": -1.0}, "beta must"),
+        ({"regulariser_weight": -1.0}, "regulariser_weight must"),
         ({"temperature": 0.0}, "temperature must"),
         ({"target": "both"}, "target must be one of backbone, full"),
         ({"attack": "fgsm"}, "attack must be one of auto, ce"),
@@ -331,7 +331,7 @@ def test_as_many_samples_are_attacked_as_asked_for() -> None:
         ({"eval_samples": 0}, "eval_samples must be at least 1, got 0"),
         ({"eval_attacks": ["cw"]}, "attacks must be one of"),
         ({"valid_range": {"imag": (0.0, 1.0)}}, "valid_range names 'imag', which is no encoder.*image"),
-        ({"centers": [[1.0, 0.0]]}, "centers must be as wide as the embeddings, 5, got 2"),
+        ({"centres": [[1.0, 0.0]]}, "centres must be as wide as the embeddings, 5, got 2"),
         ({"max_trainable_share": 0.01}, "the heads are 40.00% of all parameters, and max_trainable_share is 0.01"),
     ],
 )

@@ -15,11 +15,11 @@ import zoo
 from tests.advcal_cases import INPUTS
 from tests.calibration_cases import Toy, quiet, toy, toy_data
 from tests.stored import config_of, seeded_distillation, tensors_of
-from zoo.class_centers import Centers, center_digests
+from zoo.class_centres import Centres, centre_digests
 from zoo.data.digits_modalities import DigitsModalitiesDataModule
 from zoo.errors import InputError
 
-SMALL_TEXT = {"width": 16, "layers": 1, "heads": 2, "output_dim": 64}
+SMALL_TEXT = {"width": 16, "depth": 1, "heads": 2, "output_dim": 64}
 RANGES: Any = {"image": (-0.8125, 1.848), "profile": (0.0, 1.0)}
 
 
@@ -68,13 +68,13 @@ def test_digits_round_trip_needs_neither_text_nor_folders(fitted: tuple[Adversar
     assert set(config["omitted"]) == {"text"}
     assert config["omitted"]["text"]["training_only"]
     assert {name.split(".")[0] for name in tensors_of(folder / "stored")} == {
-        "heads", "encoders", "centers", "center_mask",
+        "heads", "encoders", "centres", "centre_mask",
     }  # fmt: skip
     stored = tensors_of(folder / "stored")
-    assert stored["centers"].shape == (2, 10, 2, 64)
-    assert stored["center_mask"].sum((1, 2)).tolist() == [20, 10]  # the profile has the one template of its own
-    found = center_digests(Centers(stored["centers"], stored["center_mask"]), ["image", "profile"])
-    assert config["args"]["center_sha256"] == found
+    assert stored["centres"].shape == (2, 10, 2, 64)
+    assert stored["centre_mask"].sum((1, 2)).tolist() == [20, 10]  # the profile has the one template of its own
+    found = centre_digests(Centres(stored["centres"], stored["centre_mask"]), ["image", "profile"])
+    assert config["args"]["centre_sha256"] == found
     (metrics,) = quiet().validate(again, data(), verbose=False)
     assert {"val/adversarial/full", "val/adversarial/backbone", "val/profile/adversarial/full"} <= metrics.keys()
 
@@ -99,12 +99,12 @@ def test_other_classes_are_refused(fitted: tuple[AdversarialCalibration, Path]) 
         "encoders": {"image": model.encoder("image").network, "profile": "zoo/resnet8"},
         "encoder_options": {"profile": {"in_chans": 1}},
     }
-    renamed = digits_model(**options, classes=[str(n) for n in range(1, 11)], center_sha256=model.center_sha256)
+    renamed = digits_model(**options, class_names=[str(n) for n in range(1, 11)], centre_sha256=model.centre_sha256)
     with pytest.raises(
         InputError, match=r"the class centres are not those that this model was trained with: image \w{8}…"
     ):
         quiet(max_epochs=1).fit(renamed, data())
-    renamed = digits_model(**options, classes=[str(n) for n in range(1, 11)])
+    renamed = digits_model(**options, class_names=[str(n) for n in range(1, 11)])
     with pytest.raises(
         InputError, match=r"the class centres are not those of the checkpoint|is not the one this model"
     ):
@@ -113,24 +113,24 @@ def test_other_classes_are_refused(fitted: tuple[AdversarialCalibration, Path]) 
 
 def test_tampered_centres_are_refused(fitted: tuple[AdversarialCalibration, Path]) -> None:
     again = zoo.from_pretrained(fitted[1] / "stored")
-    assert isinstance(again.centers, torch.Tensor)
-    again.centers.neg_()
+    assert isinstance(again.centres, torch.Tensor)
+    again.centres.neg_()
     with pytest.raises(InputError, match=r"the class centres are not those that this model was trained with"):
         quiet().validate(again, data(), verbose=False)
 
 
 def test_prompts_become_centres() -> None:
-    model = digits_model(classes=["cat", "dog"], templates={"image": ["a {}", "the {}"]})
+    model = digits_model(class_names=["cat", "dog"], templates={"image": ["a {}", "the {}"]})
     tokenizer: Any = model.text.tokenizer
     quiet(limit_val_batches=0).validate(model, data(), verbose=False)
     texts = ["a cat", "the cat", "a dog", "the dog", "a profile of a cat", "a profile of a dog"]
     with torch.no_grad():
         expected = F.normalize(model.text.features(tokenizer(texts)), dim=1)
-    assert model.centers is not None
-    assert model.center_mask is not None
-    torch.testing.assert_close(model.centers[0], expected[:4].view(2, 2, 64))
-    torch.testing.assert_close(model.centers[1, :, 0], expected[4:])
-    assert model.center_mask.tolist() == [[[True, True]] * 2, [[True, False]] * 2]
+    assert model.centres is not None
+    assert model.centre_mask is not None
+    torch.testing.assert_close(model.centres[0], expected[:4].view(2, 2, 64))
+    torch.testing.assert_close(model.centres[1, :, 0], expected[4:])
+    assert model.centre_mask.tolist() == [[[True, True]] * 2, [[True, False]] * 2]
 
 
 def test_modules_are_asked_for_again(tmp_path: Path) -> None:
@@ -147,9 +147,9 @@ def test_modules_are_asked_for_again(tmp_path: Path) -> None:
 
 def test_public_encoders_are_not_stored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(zoo.towers, "has_public_weights", lambda name: name == "zoo/resnet8")
-    model = digits_model(text=None, text_options=None, centers=torch.eye(10, 64).tolist())
+    model = digits_model(text=None, text_options=None, centres=torch.eye(10, 64).tolist())
     assert set(model.frozen_towers) == {"image_encoder", "profile_encoder"}
     model.save_pretrained(tmp_path)
-    assert {name.split(".")[0] for name in tensors_of(tmp_path)} == {"heads", "centers", "center_mask"}
+    assert {name.split(".")[0] for name in tensors_of(tmp_path)} == {"heads", "centres", "centre_mask"}
     assert set(config_of(tmp_path)["omitted"]) == {"image_encoder", "profile_encoder"}
-    assert "centers" not in config_of(tmp_path)["args"]
+    assert "centres" not in config_of(tmp_path)["args"]

@@ -64,7 +64,7 @@ def test_golden_toy_model() -> None:
     close(losses["alignment"], 0.6526411985)
     close(losses["user_uniformity"], -1.2304295132)
     close(losses["item_uniformity"], 2.6750882099)
-    total = losses["alignment"] + model.gamma * (losses["user_uniformity"] + losses["item_uniformity"]) / 2
+    total = losses["alignment"] + model.uniformity_weight * (losses["user_uniformity"] + losses["item_uniformity"]) / 2
     close(total, 1.0138058727)
 
 
@@ -238,7 +238,7 @@ def test_ddp_is_told_to_leave_tables_alone() -> None:
         ({"dim": 0}, "dim must be finite and at least 1, got 0"),
         ({"alpha": 0.0}, "alpha must be positive"),
         ({"eval_lambda": 1.5}, "eval_lambda must be in 0 … 1"),
-        ({"gamma": -1.0}, "gamma must be finite and at least 0"),
+        ({"uniformity_weight": -1.0}, "uniformity_weight must be finite and at least 0"),
         ({"score": "cos"}, "score must be one of dot, cosine"),
         ({"fusion": "mean"}, "fusion must be one of de_casteljau, fold"),
         ({"num_users": 0}, "num_users must be at least 1"),

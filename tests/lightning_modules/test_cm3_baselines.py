@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*(num_workers|tensorboard|litlo
 
 def test_identity_lightgcn() -> None:
     """The mean of the layers by a dense matrix, and BPR by a loop over the batch."""
-    model = RecommenderBaseline(dim=2, layers=2, weight_decay=0.1)
+    model = RecommenderBaseline(dim=2, hops=2, weight_decay=0.1)
     data = toy_data()
     model.attach(data)
     model.double()

@@ -25,7 +25,7 @@ SMALL: dict[str, Any] = {
 
 
 def build(**options: Any) -> FlowMatching:
-    return FlowMatching(**{"backbone_options": SMALL, "steps": 2, **options})
+    return FlowMatching(**{"backbone_options": SMALL, "sample_steps": 2, **options})
 
 
 def judged(**options: Any) -> FlowMatching:
@@ -78,7 +78,7 @@ def test_loss_restated() -> None:
 
 
 def test_training_lowers_the_loss() -> None:
-    model = build(lr=0.01, warmup_steps=0, caption_dropout=0.0)
+    model = build(lr=0.01, lr_warmup_steps=0, caption_dropout=0.0)
     rows = batch(2)
     before = float(model._fixed_error(rows["image"], rows["text"], seed=0).detach())
     quick_trainer(max_epochs=1).fit(model, DataLoader([rows] * 40, batch_size=None))  # type: ignore[arg-type]
@@ -115,7 +115,7 @@ def test_some_captions_are_anothers() -> None:
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
-    model = build(lr=0.1, warmup_steps=3, decay=True)
+    model = build(lr=0.1, lr_warmup_steps=3, decay=True)
     rates: list[float] = []
 
     class Note(pl.Callback):
@@ -219,12 +219,12 @@ def test_stored_without_its_judge(tmp_path: Path) -> None:
     assert torch.equal(loaded(batch()["text"]), model(batch()["text"]))
     backbone = towers.create(str(tmp_path), frozen=True).network
     assert backbone.latent_shape == (1, 8, 8)
-    again = FlowMatching(str(tmp_path), steps=2)
+    again = FlowMatching(str(tmp_path), sample_steps=2)
     assert torch.equal(again(batch()["text"]), model(batch()["text"]))
 
 
 def test_a_backbone_of_ones_own(tmp_path: Path) -> None:
-    model = FlowMatching(build().backbone, steps=2)
+    model = FlowMatching(build().backbone, sample_steps=2)
     model.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="'backbone' was a ready module"):
         zoo.from_pretrained(tmp_path)
@@ -236,7 +236,7 @@ def test_a_backbone_of_ones_own(tmp_path: Path) -> None:
     [
         ({"caption_dropout": 1.0}, r"caption_dropout must be in \[0, 1\), got 1.0"),
         ({"caption_noise": -0.1}, r"caption_noise must be in \[0, 1\)"),
-        ({"steps": 0}, "steps must be at least 1"),
+        ({"sample_steps": 0}, "sample_steps must be at least 1"),
         ({"eval_samples": -1}, "eval_samples must be at least 0"),
         ({"lr": 0.0}, "lr must be positive and finite"),
         ({"guidance": float("nan")}, "guidance must be finite and not negative"),

@@ -85,7 +85,7 @@ def test_review_kd_for_cnn_and_vit_pairs(student: str, teacher: str) -> None:
         student_options=options(student), teacher_options=options(teacher),
     )  # fmt: skip
     trainer = quick_trainer(max_steps=2)
-    trainer.fit(model, digits(train_samples=32, batch_size=16, size=16, channels=3))
+    trainer.fit(model, digits(train_samples=32, batch_size=16, image_size=16, channels=3))
     assert 0 < float(trainer.callback_metrics["train/review_kd"]) < 1e4
     assert all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
 

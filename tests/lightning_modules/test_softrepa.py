@@ -13,47 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import zoo
+from tests.softrepa_cases import backbone, batch, softrepa, step
 from tests.training import quick_trainer
-from zoo.architectures.tiny_mmdit import TinyTextToImage
 from zoo.errors import InputError
 from zoo.prompted_samples import PromptedSamples
-
-WORDS = 20
-
-
-def backbone(seed: int = 0) -> TinyTextToImage:
-    """A random backbone whose output depends on the text, in float64 where it matters."""
-    torch.manual_seed(seed)
-    network = TinyTextToImage(vocab_size=WORDS, width=16, text_width=16, depth=3, heads=2, context_length=5)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.normal_(std=0.3)
-    return network
-
-
-def softrepa(**options: Any) -> Any:
-    torch.manual_seed(1)
-    # Errors of this random network are far from the paper's temperature.
-    given = {"tokens": 2, "blocks": [0, 1], "buckets": 10, "temperature": 5.0, **options}
-    return zoo.SoftREPA(given.pop("backbone", None) or backbone(), **given)
-
-
-def batch(rows: int = 4, seed: int = 2, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    text = torch.randint(1, WORDS, (rows, 5), generator=generator)
-    image = torch.randn(rows, 1, 8, 8, generator=generator, dtype=torch.float64).to(dtype)
-    return {"image": image, "text": text, "label": torch.arange(rows) % 3}
-
-
-def step(model: Any, given: dict[str, Tensor], seed: int = 3) -> tuple[Tensor, list[Tensor]]:
-    """Loss and gradient of one training step at a drawn time and noise."""
-    model.log_dict = lambda *_, **__: None
-    model.zero_grad()
-    torch.manual_seed(seed)
-    with model.attach(model.backbone.network.denoiser):
-        loss = model.training_step(given, 0)
-        loss.backward()
-    return loss.detach(), [parameter.grad.clone() for parameter in model.bank.parameters()]
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +164,7 @@ def evaluating(**options: Any) -> pl.Trainer:
 @pytest.fixture(scope="module")
 def trained() -> Any:
     """A model after one epoch with a judge, and what it logged."""
-    model = softrepa(classifier=Judge(), val_samples=6, sample_steps=2, val_timesteps=[100, 900], lr=0.05)
+    model = softrepa(classifier=Judge(), eval_samples=6, sample_steps=2, eval_timesteps=[100, 900], lr=0.05)
     trainer = evaluating(max_epochs=1)
     trainer.fit(model, Pairs())
     logged = set(trainer.logged_metrics)
@@ -363,10 +326,10 @@ def test_two_processes_equal_one(two_processes: Callable[..., Any]) -> None:
         ({"objective": "softrep"}, "objective must be one of.*softrepa"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"lr": float("nan")}, "lr must be positive"),
-        ({"val_timesteps": []}, "val_timesteps"),
-        ({"val_timesteps": [1000]}, "0 … 999"),
+        ({"eval_timesteps": []}, "eval_timesteps"),
+        ({"eval_timesteps": [1000]}, "0 … 999"),
         ({"width": 8}, "width is 8, but 16"),
-        ({"layers": 5}, "layers is 5, but 2"),
+        ({"depth": 5}, "depth is 5, but 2"),
         ({"blocks": [7]}, "0 … 2"),
         ({"backbone": nn.Linear(2, 2)}, "Linear has no denoiser"),
     ],

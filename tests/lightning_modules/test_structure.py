@@ -288,7 +288,7 @@ def test_half_precision_autocast() -> None:
         ({"levels": 0}, "levels must be at least 1, got 0"),
         ({"margin": -0.1}, "margin must be finite and not negative, got -0.1"),
         ({"divergence": "kl"}, "divergence must be one of released, js, got 'kl'"),
-        ({"layers": "first"}, "layers must be one of select, last, got 'first'"),
+        ({"layer_choice": "first"}, "layer_choice must be one of select, last, got 'first'"),
         ({"selection_samples": 1}, "selection_samples must be at least 2, got 1"),
         ({"image_options": {"dim": 6, "frozen": True}}, "image_options may not hold frozen"),
     ],

@@ -91,7 +91,7 @@ def test_golden_layers_of_the_table(tmp_path: Path) -> None:
 
 
 def test_last_and_named_layers() -> None:
-    model = layered(layers="last")
+    model = layered(layer_choice="last")
     quick_trainer(max_steps=1).fit(model, numbered())
     assert model.layers == {"image": "blocks.2", "text": "blocks.1"}
     assert model.card_figures() == {}
@@ -111,7 +111,7 @@ def test_digits_round_trip_is_usable_at_once(tmp_path: Path) -> None:
     images = seeded_distillation().save_pretrained(tmp_path / "nd")
     torch.manual_seed(0)
     model = StructureAlignment(
-        str(images), "zoo/text_transformer", text_options=SMALL_TEXT, embed_dim=8, cache=str(tmp_path / "cache")
+        str(images), "zoo/text_transformer", text_options=SMALL_TEXT, embed_dim=8, layer_cache=str(tmp_path / "cache")
     )
     data = DigitsCaptionsDataModule(train_samples=64, batch_size=32)
     trainer = quick_trainer(max_epochs=1)
@@ -125,7 +125,7 @@ def test_digits_round_trip_is_usable_at_once(tmp_path: Path) -> None:
     assert again.layers == model.layers
     config = config_of(folder)
     assert config["omitted"] == {}
-    assert "cache" not in config["args"]
+    assert "layer_cache" not in config["args"]
     assert config["golden"]["input_shape"] == [1, 1, 8, 8]
     prompts, pictures = ["a photo of a 3", "the digit seven"], torch.randn(3, 1, 8, 8)
     with torch.no_grad():
@@ -169,7 +169,7 @@ def test_the_cache_replaces_the_towers(tmp_path: Path) -> None:
         torch.manual_seed(0)
         model = StructureAlignment(
             zoo.towers.create("zoo/resnet8", in_chans=1).network, "zoo/text_transformer", text_options=SMALL_TEXT,
-            embed_dim=8, image_layer="layer2.0", image_dim=32, text_layer="features", text_dim=64, cache=str(tmp_path),
+            embed_dim=8, image_layer="layer2.0", image_dim=32, text_layer="features", text_dim=64, layer_cache=str(tmp_path),
             warmup_steps=1,
         )  # fmt: skip
         model.image.register_forward_hook(lambda _module, args, _output: seen.append(len(args[0])))
@@ -193,9 +193,9 @@ def test_the_cache_replaces_the_towers(tmp_path: Path) -> None:
     torch.manual_seed(0)
     other = StructureAlignment(
         zoo.towers.create("zoo/resnet8", in_chans=1).network, "zoo/text_transformer", text_options=SMALL_TEXT,
-        embed_dim=8, image_layer="layer1.0", text_layer="features", cache=str(tmp_path),
+        embed_dim=8, image_layer="layer1.0", text_layer="features", layer_cache=str(tmp_path),
     )  # fmt: skip
     with pytest.raises(InputError, match=r"made with other layers.*layer2.0.*layer1.0.*another folder, or delete it"):
         quick_trainer(max_epochs=1).fit(other, data)
-    with pytest.raises(InputError, match="cache needs one of the zoo's data modules"):
-        quick_trainer(max_epochs=1).fit(build(cache=str(tmp_path)), pairs())
+    with pytest.raises(InputError, match="layer_cache needs one of the zoo's data modules"):
+        quick_trainer(max_epochs=1).fit(build(layer_cache=str(tmp_path)), pairs())

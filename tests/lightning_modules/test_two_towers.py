@@ -41,7 +41,7 @@ class Linear(nn.Module):
 
 def build(name: str, **options: Any) -> TwoTowerModule:
     torch.manual_seed(0)
-    given = {"trained": Linear(5, 4), "frozen": Linear(6, 4), "recall": (1,), **options}
+    given = {"trained": Linear(5, 4), "frozen": Linear(6, 4), "k": (1,), **options}
     model = getattr(zoo, name)(given.pop("trained"), given.pop("frozen"), **given)
     assert isinstance(model, TwoTowerModule)
     return model
@@ -173,7 +173,7 @@ class PromptedPairs(pl.LightningDataModule):
 
 @BOTH
 def test_golden_validation_of_a_perfect_pair(name: str) -> None:
-    model = build(name, trained=Words(), frozen=Perfect(), recall=(1, 4))
+    model = build(name, trained=Words(), frozen=Perfect(), k=(1, 4))
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
     (found,) = trainer.validate(model, PromptedPairs(), verbose=False)
     assert found["val/zero_shot/right"] == 1.0
@@ -226,7 +226,7 @@ class StopAfter(pl.Callback):
         trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
 
 
-SMALL_TEXT = {"width": 16, "layers": 1, "heads": 2}
+SMALL_TEXT = {"width": 16, "depth": 1, "heads": 2}
 
 
 @BOTH
@@ -332,7 +332,7 @@ def test_features_of_any_two_modalities(tmp_path: Path) -> None:
 def test_speech_against_text_features() -> None:
     rows = [{"speech": 0.1 * torch.randn(2000), "text": torch.randn(8)} for _ in range(4)]
     model = build(
-        "CWCL", trained="zoo/log_mel", trained_options={"width": 16, "layers": 1, "heads": 2, "mels": 20, "output_dim": 8},
+        "CWCL", trained="zoo/log_mel", trained_options={"width": 16, "depth": 1, "heads": 2, "mels": 20, "output_dim": 8},
         frozen="zoo/features", frozen_options={"dim": 8}, trained_modality="speech", frozen_modality="text",
     )  # fmt: skip
     before = model.trained.network.conv1.weight.detach().clone()
@@ -347,7 +347,7 @@ def test_speech_against_text_features() -> None:
         ({"init_scale": 0.0}, "init_scale must be positive and at most max_scale, got 0.0"),
         ({"init_scale": 200.0}, "at most max_scale, got 200.0 and 100.0"),
         ({"embed_dim": 0}, "embed_dim must be positive or None, got 0"),
-        ({"warmup": 1.0}, r"warmup must be a share of the steps in \[0, 1\), got 1.0"),
+        ({"lr_warmup_share": 1.0}, r"lr_warmup_share must be a share of the steps in \[0, 1\), got 1.0"),
         ({"kernel": "gauss"}, "kernel must be one of affine, power, exp, topk, got 'gauss'"),
         ({"weight_source": "both"}, "weight_source must be one of frozen, projected"),
         ({"trained": "open_clip/ViT-B-33"}, "no architecture 'ViT-B-33'"),

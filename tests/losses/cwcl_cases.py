@@ -24,7 +24,7 @@ def dense_weights(features: Tensor, kernel: str, options: dict[str, Any]) -> Ten
     cosines = (F.normalize(features, dim=1) @ F.normalize(features, dim=1).t()).clamp(-1, 1)
     weights = ((1 + cosines) / 2) ** options.get("exponent", 1.0)
     if kernel == "exp":
-        weights = ((cosines - 1) / options["temperature"]).exp()
+        weights = ((cosines - 1) / options["kernel_temperature"]).exp()
     if kernel == "topk":
         lowest = cosines.topk(options["neighbours"], dim=1).values[:, -1:]
         weights = weights * (cosines >= lowest - 1e-6)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests.advcal_cases import (
     ALPHA,
-    CENTERS,
+    CENTRES,
     EPS,
     HEAD_BIAS,
     HEAD_WEIGHT,
@@ -30,24 +30,24 @@ from tests.advcal_cases import (
 from zoo.attacks import attack_loss, pgd
 from zoo.losses.advcal import (
     calibration_consistency,
-    center_cross_entropy,
-    center_divergence,
+    centre_cross_entropy,
+    centre_divergence,
     clean_adversarial_info_nce,
     clean_adversarial_l2,
 )
-from zoo.losses.centers import pooled_similarities
+from zoo.losses.centres import pooled_similarities
 
 CLOSE: dict[str, Any] = {"rtol": 0, "atol": 1e-10}
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "ce": lambda attacked, clean: center_cross_entropy(attacked, clean[:3], torch.arange(len(attacked)) % 3, scale=2.0),
+    "ce": lambda attacked, clean: centre_cross_entropy(attacked, clean[:3], torch.arange(len(attacked)) % 3, scale=2.0),
     "l2": clean_adversarial_l2,
     "nce": lambda attacked, clean: clean_adversarial_info_nce(attacked, clean, temperature=0.5),
     "nce both": lambda attacked, clean: clean_adversarial_info_nce(attacked, clean, temperature=0.5, symmetric=True),
     "nce labels": lambda attacked, clean: clean_adversarial_info_nce(
         attacked, clean, temperature=0.5, symmetric=True, labels=torch.arange(len(attacked)) % 3, chunk_size=2
     ),
-    "divergence": lambda attacked, clean: center_divergence(attacked, clean, torch.eye(4, 6), scale=2.0),
+    "divergence": lambda attacked, clean: centre_divergence(attacked, clean, torch.eye(4, 6), scale=2.0),
     "consistency": lambda attacked, clean: calibration_consistency(
         attacked,
         clean,
@@ -83,9 +83,9 @@ def sides(count: int = 7, *, dtype: torch.dtype = torch.float64) -> tuple[Tensor
 )
 def test_golden_pooling(pool: Any, row: list[float], loss: float) -> None:
     clean = encode(INPUTS)
-    found = pooled_similarities(clean, CENTERS, pool=pool)[0]
+    found = pooled_similarities(clean, CENTRES, pool=pool)[0]
     torch.testing.assert_close(found, torch.tensor(row, dtype=torch.float64), **CLOSE)
-    value = center_cross_entropy(clean, CENTERS, LABELS, scale=SCALE, pool=pool)
+    value = centre_cross_entropy(clean, CENTRES, LABELS, scale=SCALE, pool=pool)
     torch.testing.assert_close(value.item(), loss, **CLOSE)
 
 
@@ -93,22 +93,22 @@ def test_golden_sharpness() -> None:
     """c1; and c0, the embedding of the first input. Two centres each: lse is above lme by log(2) / 1000."""
     row = [0.473083117223079, 0.515306321924152, 0.3995646935760507, -0.3551974923721854, -0.4741672235018832]
     torch.testing.assert_close(encode(INPUTS)[0], torch.tensor(row, dtype=torch.float64), **CLOSE)
-    lse, lme = (pooled_similarities(encode(INPUTS), CENTERS, pool=pool) for pool in ("lse", "lme"))
+    lse, lme = (pooled_similarities(encode(INPUTS), CENTRES, pool=pool) for pool in ("lse", "lme"))
     torch.testing.assert_close(lse - lme, torch.full_like(lse, 0.0006931471805599054), **CLOSE)
-    found = pooled_similarities(encode(INPUTS), CENTERS, pool="lse", sharpness=10.0)[0]
+    found = pooled_similarities(encode(INPUTS), CENTRES, pool="lse", sharpness=10.0)[0]
     expected = [0.8599538276744638, 0.1907522463707832, 0.3949549744948267]
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), **CLOSE)
 
 
 def test_golden_objectives(attacked: Tensor) -> None:
     clean, output = encode(INPUTS), head(attacked)
-    ce = center_cross_entropy(output, CENTERS, LABELS, scale=SCALE)
+    ce = centre_cross_entropy(output, CENTRES, LABELS, scale=SCALE)
     l2 = clean_adversarial_l2(output, clean)
     nce = clean_adversarial_info_nce(output, clean)
-    consistency = calibration_consistency(output, clean, CENTERS, clean_head=head(clean), scale=SCALE)
+    consistency = calibration_consistency(output, clean, CENTRES, clean_head=head(clean), scale=SCALE)
     found = [
         ce, l2, nce, clean_adversarial_info_nce(output, clean, symmetric=True),
-        clean_adversarial_l2(head(clean), clean), center_divergence(output, clean, CENTERS, scale=SCALE),
+        clean_adversarial_l2(head(clean), clean), centre_divergence(output, clean, CENTRES, scale=SCALE),
         ce + 0.1 * consistency, l2 + 0.1 * consistency, nce + 0.1 * consistency,
     ]  # fmt: skip
     expected = [
@@ -117,7 +117,7 @@ def test_golden_objectives(attacked: Tensor) -> None:
         6.56839755522474, 0.04002231594186755, 0.34379893285527874,
     ]  # fmt: skip
     torch.testing.assert_close(torch.stack(found), torch.tensor(expected, dtype=torch.float64), **CLOSE)
-    alone = calibration_consistency(output, clean, CENTERS, scale=SCALE)
+    alone = calibration_consistency(output, clean, CENTRES, scale=SCALE)
     torch.testing.assert_close(alone, found[5])
     # c3: the sum over dimensions, which is 2 - 2 cos of unit vectors; the mean over them is another loss.
     torch.testing.assert_close((2 - 2 * F.cosine_similarity(output, clean)).mean(), l2)
@@ -163,7 +163,7 @@ def test_golden_gradients(name: str, length: float, row: list[float], of_bias: l
     weight, bias = HEAD_WEIGHT.clone().requires_grad_(), HEAD_BIAS.clone().requires_grad_()
     output, clean = attacked @ weight.t() + bias, encode(INPUTS)
     loss = {
-        "ce": lambda: center_cross_entropy(output, CENTERS, LABELS, scale=SCALE),
+        "ce": lambda: centre_cross_entropy(output, CENTRES, LABELS, scale=SCALE),
         "l2": lambda: clean_adversarial_l2(output, clean),
         "nce": lambda: clean_adversarial_info_nce(output, clean),
     }[name]()
@@ -238,12 +238,12 @@ def test_identity_cosine() -> None:
 def test_identity_pooling(pool: Any) -> None:
     """Class by class in lists of unequal length, whatever fills the gaps; one centre is what no pooling is."""
     embeddings = torch.randn(4, 6, dtype=torch.float64)
-    centers = torch.randn(3, 4, 6, dtype=torch.float64)
+    centres = torch.randn(3, 4, 6, dtype=torch.float64)
     counts = [4, 1, 2]
     mask = torch.arange(4) < torch.tensor(counts).unsqueeze(1)
-    found = pooled_similarities(embeddings, centers, pool=pool, mask=mask, sharpness=4.0)
+    found = pooled_similarities(embeddings, centres, pool=pool, mask=mask, sharpness=4.0)
     for k, count in enumerate(counts):
-        own = F.normalize(centers[k, :count], dim=1)
+        own = F.normalize(centres[k, :count], dim=1)
         cosines = F.normalize(embeddings, dim=1) @ own.t()
         expected = {
             "mean_centre": F.cosine_similarity(embeddings, own.mean(0, keepdim=True)),
@@ -253,16 +253,16 @@ def test_identity_pooling(pool: Any) -> None:
             "lme": (4 * cosines).exp().mean(1).log() / 4,
         }[pool]
         torch.testing.assert_close(found[:, k], expected)
-    filled = torch.where(mask.unsqueeze(2), centers, 1e3)
+    filled = torch.where(mask.unsqueeze(2), centres, 1e3)
     torch.testing.assert_close(pooled_similarities(embeddings, filled, pool=pool, mask=mask, sharpness=4.0), found)
-    single = pooled_similarities(embeddings, centers[:, :1], pool=pool)
-    torch.testing.assert_close(single, pooled_similarities(embeddings, centers[:, 0]))
+    single = pooled_similarities(embeddings, centres[:, :1], pool=pool)
+    torch.testing.assert_close(single, pooled_similarities(embeddings, centres[:, 0]))
 
 
 def test_identity_lse_bias() -> None:
     """lse favours a class by the number of its centres, lme does not (golden: log(2) / 1000)."""
     clean = encode(INPUTS)
-    difference = pooled_similarities(clean, CENTERS, pool="lse") - pooled_similarities(clean, CENTERS, pool="lme")
+    difference = pooled_similarities(clean, CENTRES, pool="lse") - pooled_similarities(clean, CENTRES, pool="lme")
     torch.testing.assert_close(difference, torch.full_like(difference, 0.0006931471805599054), **CLOSE)
 
 

@@ -9,25 +9,25 @@ import torch
 
 from zoo.errors import InputError
 from zoo.losses.advcal import (
-    center_cross_entropy,
-    center_divergence,
+    centre_cross_entropy,
+    centre_divergence,
     clean_adversarial_info_nce,
     clean_adversarial_l2,
 )
 
 EYE = torch.eye(3)
-BAD_CENTERS: list[tuple[dict[str, Any], str]] = [
-    ({"centers": torch.eye(4)}, r"centers must be as wide as the embeddings, 3, got 4"),
-    ({"centers": torch.zeros(3)}, r"centers must be \(classes, width\) or \(classes, centres, width\)"),
-    ({"centers": torch.zeros(0, 3)}, r"none of them 0, got shape \(0, 3\)"),
+BAD_CENTRES: list[tuple[dict[str, Any], str]] = [
+    ({"centres": torch.eye(4)}, r"centres must be as wide as the embeddings, 3, got 4"),
+    ({"centres": torch.zeros(3)}, r"centres must be \(classes, width\) or \(classes, centres, width\)"),
+    ({"centres": torch.zeros(0, 3)}, r"none of them 0, got shape \(0, 3\)"),
     (
-        {"centers": torch.ones(3, 3, device="meta")},
-        r"centers must be on the device of the embeddings, got meta and cpu",
+        {"centres": torch.ones(3, 3, device="meta")},
+        r"centres must be on the device of the embeddings, got meta and cpu",
     ),
     ({"mask": torch.ones(3, 2, dtype=torch.bool)}, r"mask must be booleans \(classes, centres\)"),
-    ({"centers": torch.ones(2, 2, 3), "mask": torch.ones(2, 2)}, r"mask must be booleans .* of torch.float32"),
+    ({"centres": torch.ones(2, 2, 3), "mask": torch.ones(2, 2)}, r"mask must be booleans .* of torch.float32"),
     (
-        {"centers": torch.ones(2, 2, 3), "mask": torch.tensor([[True, True], [False, False]])},
+        {"centres": torch.ones(2, 2, 3), "mask": torch.tensor([[True, True], [False, False]])},
         r"mask must leave every class a centre, and class 1 has none",
     ),
     ({"pool": "mean_center"}, r"pool must be one of .*, got 'mean_center'. Did you mean mean_centre"),
@@ -38,11 +38,11 @@ BAD_CENTERS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), BAD_CENTERS)
-def test_bad_centers(change: dict[str, Any], message: str) -> None:
-    given: dict[str, Any] = {"embeddings": EYE, "centers": EYE, "labels": torch.arange(3)} | change
+@pytest.mark.parametrize(("change", "message"), BAD_CENTRES)
+def test_bad_centres(change: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"embeddings": EYE, "centres": EYE, "labels": torch.arange(3)} | change
     with pytest.raises(InputError, match=message):
-        center_cross_entropy(given.pop("embeddings"), given.pop("centers"), given.pop("labels"), **given)
+        centre_cross_entropy(given.pop("embeddings"), given.pop("centres"), given.pop("labels"), **given)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_bad_info_nce(options: dict[str, Any], message: str) -> None:
 
 
 def test_bad_sides() -> None:
-    for loss in (clean_adversarial_l2, clean_adversarial_info_nce, lambda x, y: center_divergence(x, y, EYE)):
+    for loss in (clean_adversarial_l2, clean_adversarial_info_nce, lambda x, y: centre_divergence(x, y, EYE)):
         with pytest.raises(InputError, match=r"clean must have the shape of attacked, got \(2, 3\) and \(3, 3\)"):
             loss(EYE, EYE[:2])
         with pytest.raises(InputError, match=r"attacked must be floating point"):

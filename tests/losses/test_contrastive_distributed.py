@@ -47,7 +47,14 @@ def loss_of(
     kernel: Any = words[0] if words and words[0] != "both" else "affine"
     direction: Any = "both" if "both" in words else "trained"
     return cwcl_loss(
-        x, y, weight_features=r, kernel=kernel, neighbours=3, temperature=0.5, weighted_direction=direction, **options
+        x,
+        y,
+        weight_features=r,
+        kernel=kernel,
+        neighbours=3,
+        kernel_temperature=0.5,
+        weighted_direction=direction,
+        **options,
     )
 
 

@@ -78,7 +78,7 @@ SCALE = 1 / 0.07
 KERNELS: dict[str, dict[str, Any]] = {
     "affine": {},
     "power": {"exponent": 2.0},
-    "exp": {"temperature": 0.1},
+    "exp": {"kernel_temperature": 0.1},
     "topk": {"neighbours": 3},
 }
 
@@ -98,7 +98,7 @@ def test_golden() -> None:
     torch.testing.assert_close(gradient[0], row, **close)
     torch.testing.assert_close(gradient.norm(), double(1.5356766386510343), **close)
     torch.testing.assert_close(of_scale, double(5.441559688382611), **close)
-    half = cwcl_loss(trained, frozen, scale=SCALE, weight_features=backbone, reduction="mean")
+    half = cwcl_loss(trained, frozen, scale=SCALE, weight_features=backbone, direction_reduction="mean")
     torch.testing.assert_close(half, double(2.9538151214527604), **close)
 
 
@@ -133,7 +133,7 @@ def test_golden_duplicates() -> None:
 
 @pytest.mark.parametrize(
     ("kernel", "options", "expected"),
-    [("power", {"exponent": 2.0}, 3.4627380088060233), ("exp", {"temperature": 0.1}, 0.17516209498931978)],
+    [("power", {"exponent": 2.0}, 3.4627380088060233), ("exp", {"kernel_temperature": 0.1}, 0.17516209498931978)],
 )
 def test_golden_kernels(kernel: Any, options: dict[str, Any], expected: float) -> None:
     trained, frozen, backbone = golden()
@@ -154,7 +154,7 @@ def test_golden_reductions() -> None:
     """Weights of 0 and 1 by class give SupCon; weights on the pair alone give CLIP's InfoNCE, twice the mean."""
     trained, frozen, _ = golden()
     one_hot = F.one_hot(torch.tensor(CLASSES)).double()
-    loss = cwcl_loss(trained, frozen, scale=SCALE, weight_features=one_hot, kernel="exp", temperature=1e-3)
+    loss = cwcl_loss(trained, frozen, scale=SCALE, weight_features=one_hot, kernel="exp", kernel_temperature=1e-3)
     torch.testing.assert_close(loss - 0.25604161468083186, double(7.930029701468196), rtol=0, atol=1e-10)
     alone = cwcl_loss(trained, frozen, scale=SCALE, weight_features=torch.eye(5).double(), kernel="topk", neighbours=1)
     torch.testing.assert_close(alone, double(0.09736311293426425 + 0.25604161468083186), rtol=0, atol=1e-10)

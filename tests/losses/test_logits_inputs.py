@@ -145,3 +145,17 @@ def test_bad_dkd_class_count(classes: int) -> None:
     if classes == 1:
         with pytest.raises(InputError, match="dkd_loss needs at least 3 classes, got 1"):
             dkd_loss(logits, logits, torch.zeros(3, dtype=torch.int64), beta=0)
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_no_classes(rows: int) -> None:
+    student = torch.zeros(rows, 0, requires_grad=True)
+    for loss in (kd_loss(student, student), dist_loss(student, student)):
+        assert loss == 0
+        loss.backward()
+
+
+@pytest.mark.parametrize("loss", [kd_loss, dist_loss])
+def test_bad_temperature_without_a_square(loss: Callable[..., Tensor]) -> None:
+    with pytest.raises(InputError, match=r"temperature must be at most 1e\+15, got 1e\+30"):
+        loss(torch.zeros(2, 3), torch.zeros(2, 3), temperature=1e30)

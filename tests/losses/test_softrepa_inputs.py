@@ -178,7 +178,7 @@ def test_equal_captions_shapes() -> None:
             r"mask must have the shape of errors, got \(4, 4\) and \(3, 4\)",
         ),
         ({"mask": torch.zeros(3, 4)}, r"mask must be boolean, True where a caption is no negative, got torch.float32"),
-        ({"reduction": "sum"}, r"reduction must be 'mean' or 'none', got 'sum'"),
+        ({"reduction": "sum"}, r"reduction must be one of mean, none, got 'sum'"),
     ],
 )
 @pytest.mark.parametrize("function", [softrepa_loss, softrepa_gradient])
@@ -186,3 +186,11 @@ def test_bad_arguments(function: Any, change: dict[str, Any], message: str) -> N
     arguments: dict[str, Any] = {"errors": torch.zeros(3, 4), **change}
     with pytest.raises(InputError, match=message):
         function(**arguments)
+
+
+def test_complex_numbers() -> None:
+    texts = torch.tensor([[1 + 1j, 0], [1 - 1j, 0], [1 + 1j, 0]])
+    assert equal_captions(texts).nonzero().tolist() == [[0, 2], [2, 0]]
+    assert equal_captions(texts[:, 0]).nonzero().tolist() == [[0, 2], [2, 0]]
+    with pytest.raises(InputError, match="temperature must be real"):
+        softrepa_loss(torch.zeros(2, 2), temperature=torch.ones(2, 1, dtype=torch.complex64))

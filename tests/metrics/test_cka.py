@@ -28,11 +28,11 @@ def plain(first: Tensor, second: Tensor, *, unbiased: bool = False, eps: float =
         units = units - units.mean(0) if centred else units
         grams.append(units @ units.T)
     n = len(first)
-    one, centring = torch.ones(n, dtype=torch.float64), torch.eye(n, dtype=torch.float64) - 1 / n
+    one, centering = torch.ones(n, dtype=torch.float64), torch.eye(n, dtype=torch.float64) - 1 / n
 
     def hsic(k: Tensor, l: Tensor) -> float:
         if not unbiased:
-            return torch.trace(k @ centring @ l @ centring).item()
+            return torch.trace(k @ centering @ l @ centering).item()
         k, l = (m - m.diag().diag() for m in (k, l))
         third = 2 / (n - 2) * (one @ k @ l @ one)
         return ((torch.trace(k @ l) + k.sum() * l.sum() / ((n - 1) * (n - 2)) - third) / (n * (n - 3))).item()
@@ -213,3 +213,12 @@ def test_examples() -> None:
     result = doctest.testmod(zoo.metrics.cka, extraglobs={"torch": torch})
     assert result.attempted > 0
     assert result.failed == 0
+
+
+def test_no_eps_and_rows_all_alike() -> None:
+    """0 / 0 is the documented 0."""
+    rows, alike = torch.randn(5, 3), torch.zeros(5, 2)
+    assert cka_table([alike], [rows], eps=0.0).tolist() == [[0.0]]
+    metric = CKA(eps=0.0)
+    metric.update(alike, rows)
+    assert metric.compute() == 0

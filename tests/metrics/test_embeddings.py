@@ -113,7 +113,7 @@ def _compute(shards: str, rank: int) -> dict[str, list[float]]:
     retrieval, pairs = RetrievalRecall(k=(1, 2)), RetrievalRecall(k=(1, 2))
     structures = {(limit, given): StructureTransfer(limit) for limit in (2000, 9) for given in (False, True)}
     accuracies = {
-        average: ZeroShotAccuracy(torch.eye(8, 3), top_k=(1, 2, 8), average=average) for average in ("micro", "macro")
+        average: ZeroShotAccuracy(torch.eye(8, 3), k=(1, 2, 8), average=average) for average in ("micro", "macro")
     }
     metrics = [retrieval, pairs, *structures.values(), *accuracies.values()]
     if images == texts == slice(0, 0):

@@ -192,7 +192,7 @@ def test_two_processes_equal_one(tmp_path: Any) -> None:
     [
         ({"k": ()}, "k must be one whole number"),
         ({"k": (0, 5)}, "k must be one whole number"),
-        ({"score": "l2"}, "score must be 'dot' or 'cosine'"),
+        ({"score": "l2"}, "score must be one of dot, cosine"),
         ({"memory": 0}, "memory must be at least 1 byte"),
     ],
 )
@@ -211,3 +211,34 @@ def test_bad_update() -> None:
     with pytest.raises(InputError, match="item_embeddings must be floating point"):
         metric.update(users, items.long(), held_out)
     assert metric.users == 0
+
+
+@pytest.mark.parametrize(
+    ("hits", "held_out", "ks", "match"),
+    [
+        (torch.zeros(2, 3), torch.ones(2).long(), [1], "hits must be bool"),
+        (torch.zeros(2, 3, 1).bool(), torch.ones(2).long(), [1], "hits must be bool"),
+        (torch.zeros(2, 3).bool(), torch.ones(3).long(), [1], "held_out must be one whole number a user"),
+        (torch.zeros(2, 3).bool(), torch.ones(2), [1], "held_out must be one whole number a user"),
+        (torch.ones(2, 3).bool(), torch.ones(2).long(), [1], "at least the number of hits"),
+        (torch.zeros(2, 3).bool(), torch.ones(2).long(), [], "ks must be one whole number"),
+        (torch.zeros(2, 3).bool(), torch.ones(2).long(), [0], "ks must be one whole number"),
+    ],
+)
+def test_bad_values(hits: Tensor, held_out: Tensor, ks: list[int], match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        ranking_values(hits, held_out, ks)
+
+
+@pytest.mark.parametrize(
+    ("lists", "match"),
+    [
+        (PairLists(torch.tensor([0.0, 1.0]), torch.tensor([0])), "got offsets in torch.float32"),
+        (PairLists(torch.tensor([0, 1]), torch.tensor([[0]])), "got columns in torch.int64 of shape"),
+        (PairLists(torch.tensor([0, 2]), torch.tensor([0])), "offsets that rise to the number of columns, 1, got 2"),
+        (PairLists(torch.tensor([0, 1]), torch.tensor([-1])), r"numbers in 0 … 2, found -1"),
+    ],
+)
+def test_bad_lists(lists: PairLists, match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        FullRanking(k=1).update(torch.ones(1, 2), torch.ones(3, 2), lists)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-import zoo.metrics.retrieval
+import zoo.metrics.neighbours
 from tests.largest_tensor import LargestTensor
 from zoo.errors import InputError
 from zoo.metrics.retrieval import RetrievalRecall
@@ -190,7 +190,7 @@ def test_no_query(images: int) -> None:
 def test_memory(monkeypatch: pytest.MonkeyPatch, chunk_size: int | None) -> None:
     """No tensor is larger than the embeddings or a block; the whole matrix would be 3.2 million numbers."""
     budget = 16 * 4000 * 12
-    monkeypatch.setattr(zoo.metrics.retrieval, "_BUDGET", budget)
+    monkeypatch.setattr(zoo.metrics.neighbours, "_BUDGET", budget)
     images, texts = torch.randn(800, 4), torch.randn(4000, 4)
     metric = RetrievalRecall(chunk_size=chunk_size)
     metric.update(images, texts, torch.arange(800), torch.arange(4000) % 800)

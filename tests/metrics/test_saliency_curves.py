@@ -178,3 +178,15 @@ def test_bad_input_of_insertion_and_deletion(options: dict[str, Any], message: s
     metric = InsertionDeletion()
     metric.update(small(), torch.ones(0, 2, 6, 5), torch.ones(0, 1, 6, 5))
     assert metric.compute()["images"] == 0
+
+
+@pytest.mark.parametrize("sigma", [1e-3, 1e-30])
+def test_extreme_blur(sigma: float) -> None:
+    """A kernel that is one pixel wide blurs nothing."""
+    images, maps = torch.rand(2, 1, 4, 4), torch.rand(2, 1, 4, 4)
+
+    def score(output: Tensor, _: Any) -> Tensor:
+        return output.mean((1, 2, 3))
+
+    curves = insertion_deletion(nn.Identity(), images, maps, blur_sigma=sigma, score=score)
+    torch.testing.assert_close(curves.insertion, images.mean((1, 2, 3)).unsqueeze(1).expand(2, 5))

@@ -328,7 +328,7 @@ BOXES = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1]])
         (lambda: ClassSensitivity().update(MAPS, MAPS[:1]), "maps_least must have the shape of maps_most"),
         (lambda: PointingGame(-1), "tolerance must be finite and not negative, got -1"),
         (lambda: PointingGame(0, strict=True), "tolerance must be positive and finite, got 0"),
-        (lambda: PointingGame(average="weighted"), "average must be 'macro', 'micro' or 'none', got 'weighted'"),  # type: ignore[arg-type]
+        (lambda: PointingGame(average="weighted"), "average must be one of macro, micro, none, got 'weighted'"),  # type: ignore[arg-type]
         (lambda: PointingGame(num_classes=0), "num_classes must be at least 1, got 0"),
         (lambda: PointingGame().update(MAPS, BOXES, torch.tensor([0])), r"labels must be one number a row, shape \(2,\)"),
         (lambda: PointingGame().update(MAPS, BOXES, torch.tensor([0, -1])), "labels must be at least 0, found -1"),
@@ -348,3 +348,11 @@ BOXES = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1]])
 def test_bad_input(call: Callable[[], object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         call()
+
+
+def test_bad_objects_that_are_no_boxes() -> None:
+    maps = torch.zeros(2, 1, 3, 3)
+    with pytest.raises(InputError, match="boxes of real numbers"):
+        pointing_hits(maps, torch.zeros(2, 4, dtype=torch.complex64))
+    with pytest.raises(InputError, match="one entry a map, got a single number"):
+        pointing_hits(maps, torch.tensor(1.0))

@@ -142,7 +142,7 @@ def test_memory() -> None:
     ("options", "message"),
     [
         ({"k": 0}, "k must be at least 1, got 0"),
-        ({"score": "l2"}, "score must be 'dot' or 'cosine', got 'l2'"),
+        ({"score": "l2"}, "score must be one of dot, cosine, got 'l2'"),
         ({"memory": 0}, "memory must be at least 1 byte, got 0"),
         ({"items": torch.ones(4, 2)}, "items must have the width and device of users, got 2 on cpu and 3"),
         ({"users": torch.ones(4)}, "users must have two dimensions"),
@@ -175,3 +175,8 @@ def test_bad_input(options: dict[str, Any], message: str) -> None:
 def test_bad_nearest(items: Tensor, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         nearest_items(items, **options)
+
+
+def test_bad_candidates_in_complex_numbers() -> None:
+    with pytest.raises(InputError, match="candidates must be positions of items"):
+        topk_items(torch.ones(1, 2), torch.ones(3, 2), 1, candidates=torch.zeros(2, dtype=torch.complex64))

@@ -44,10 +44,10 @@ def test_golden() -> None:
     samples = 3 * torch.stack([degrees.cos(), degrees.sin()], 1)
     # Classes by nearness: 0 1 2; 1 0 2; 1 2 0; 2 1 0.
     targets = torch.tensor([0, 0, 0, 2])
-    both = ZeroShotAccuracy(classes, top_k=(1, 2))
+    both = ZeroShotAccuracy(classes, k=(1, 2))
     both.update(samples, targets)
     assert {name: value.item() for name, value in both.compute().items()} == {"top1": 0.5, "top2": 0.75}
-    macro = ZeroShotAccuracy(classes, top_k=1, average="macro")
+    macro = ZeroShotAccuracy(classes, k=1, average="macro")
     macro.update(samples, targets)
     # Class 0 has a third, class 2 all, class 1 no sample.
     assert macro.compute().item() == pytest.approx((1 / 3 + 1) / 2)
@@ -79,7 +79,7 @@ def test_stop_gradient() -> None:
     weights = torch.ones(3, 2, requires_grad=True)
     classes = class_embeddings(lambda texts: weights[: len(texts)] * 2, [["x"], ["y", "z"]])
     assert not classes.requires_grad
-    metric = ZeroShotAccuracy(weights, top_k=1)
+    metric = ZeroShotAccuracy(weights, k=1)
     assert metric.class_embeddings is not None
     assert not metric.class_embeddings.requires_grad
     assert not metric(torch.randn(4, 2, requires_grad=True), torch.tensor([0, 1, 2, 0])).requires_grad
@@ -102,7 +102,7 @@ def test_properties(data: st.DataObject, seed: int, classes: int) -> None:
     samples = torch.randint(-1, 2, (rows, 2), generator=generator).float()
     targets = torch.randint(0, classes, (rows,), generator=generator)
     ks = (1, classes)
-    metric = ZeroShotAccuracy(7 * prototypes, top_k=ks)
+    metric = ZeroShotAccuracy(7 * prototypes, k=ks)
     order = torch.randperm(rows, generator=generator)
     size = data.draw(st.integers(1, 12))
     scale = torch.rand(rows, 1, generator=generator) * 1e20 + 1e-20
@@ -119,7 +119,7 @@ def test_properties(data: st.DataObject, seed: int, classes: int) -> None:
 def test_properties_order_of_classes(classes: list[int]) -> None:
     """Two classes are the same: whichever comes first, neither is found first."""
     prototypes = torch.tensor([[1.0, 0], [1.0, 0], [0, 1], [-1, 0], [0, -1]])
-    metric = ZeroShotAccuracy(prototypes[classes], top_k=(1, 2))
+    metric = ZeroShotAccuracy(prototypes[classes], k=(1, 2))
     metric.update(prototypes[classes], torch.arange(5))
     assert [value.item() for value in metric.compute().values()] == pytest.approx([0.6, 1.0])
 
@@ -128,7 +128,7 @@ def test_properties_order_of_classes(classes: list[int]) -> None:
 def test_constant_embeddings_score_nothing(width: int) -> None:
     """Rounding that depends on the place in the matrix product does not break the tie."""
     vector = torch.randn(1, width)
-    metric = ZeroShotAccuracy(vector.expand(37, -1), top_k=(1, 36, 37))
+    metric = ZeroShotAccuracy(vector.expand(37, -1), k=(1, 36, 37))
     metric.update(vector.expand(100, -1) * torch.rand(100, 1), torch.arange(100) % 37)
     assert [value.item() for value in metric.compute().values()] == [0, 0, 1]
 
@@ -136,29 +136,29 @@ def test_constant_embeddings_score_nothing(width: int) -> None:
 def test_differences_below_rounding_are_ties() -> None:
     """Cosines of 0.70710678 and 0.70710699 are one number, 0.70710678 and 0.707127 are two."""
     for difference, expected in ((3e-7, 0), (3e-5, 1)):
-        metric = ZeroShotAccuracy(torch.tensor([[1.0, 0.0], [1.0, difference]]), top_k=1)
+        metric = ZeroShotAccuracy(torch.tensor([[1.0, 0.0], [1.0, difference]]), k=1)
         metric.update(torch.ones(1, 2), torch.tensor([1]))
         assert metric.compute() == expected
 
 
 def test_not_finite_and_zero_embeddings_are_wrong() -> None:
-    metric = ZeroShotAccuracy(torch.eye(3), top_k=(1, 3))
+    metric = ZeroShotAccuracy(torch.eye(3), k=(1, 3))
     rows = torch.tensor([[math.nan, 0, 0], [math.inf, 0, 0], [0, 0, 0], [1, 0, 0]])
     metric.update(rows, torch.zeros(4, dtype=torch.int64))
     assert [value.item() for value in metric.compute().values()] == [0.25, 0.5]
-    alone = ZeroShotAccuracy(torch.ones(1, 3), top_k=1)
+    alone = ZeroShotAccuracy(torch.ones(1, 3), k=1)
     alone.update(rows, torch.zeros(4, dtype=torch.int64))
     assert alone.compute() == 0.5  # the row of zeros has no rival
-    broken = ZeroShotAccuracy(torch.tensor([[1.0, 0], [0, 1], [math.nan, 0]]), top_k=(1, 2))
+    broken = ZeroShotAccuracy(torch.tensor([[1.0, 0], [0, 1], [math.nan, 0]]), k=(1, 2))
     broken.update(torch.eye(2), torch.arange(2))
     assert [value.item() for value in broken.compute().values()] == [0, 1]
 
 
 def test_no_sample() -> None:
-    metric = ZeroShotAccuracy(torch.eye(2), top_k=1)
+    metric = ZeroShotAccuracy(torch.eye(2), k=1)
     metric.update(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64))
     assert metric.compute().isnan()
-    macro = ZeroShotAccuracy(torch.eye(2), top_k=(1, 2), average="macro")
+    macro = ZeroShotAccuracy(torch.eye(2), k=(1, 2), average="macro")
     macro.update(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64))
     assert all(value.isnan() for value in macro.compute().values())
 
@@ -167,17 +167,17 @@ def test_no_sample() -> None:
 def test_half_precision(dtype: torch.dtype) -> None:
     """Cosines are float32 under autocast: bfloat16 cannot tell these two classes apart."""
     classes = torch.tensor([[1.0, 0.0], [1.0, 1e-2]])
-    metric = ZeroShotAccuracy(classes, top_k=1)
+    metric = ZeroShotAccuracy(classes, k=1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         metric.update(torch.tensor([[1.0, 0.0], [1.0, 1.0]], dtype=dtype), torch.tensor([0, 1]))
     assert metric.compute() == 1
-    large = ZeroShotAccuracy(torch.eye(2, dtype=dtype), top_k=1)
+    large = ZeroShotAccuracy(torch.eye(2, dtype=dtype), k=1)
     large.update(torch.full((1, 2), 6e4, dtype=dtype) * torch.tensor([[1.0, 0.5]], dtype=dtype), torch.tensor([0]))
     assert large.compute() == 1
 
 
 def test_conversion_keeps_counts() -> None:
-    metric = ZeroShotAccuracy(torch.eye(2), top_k=1)
+    metric = ZeroShotAccuracy(torch.eye(2), k=1)
     metric.update(torch.eye(2), torch.tensor([0, 0]))
     metric.to(torch.bfloat16).half()
     metric.update(torch.eye(2), torch.tensor([0, 1]))
@@ -187,7 +187,7 @@ def test_conversion_keeps_counts() -> None:
 
 def test_set_classes() -> None:
     """New class embeddings an epoch, of another number too; not in the middle of one."""
-    metric = ZeroShotAccuracy(top_k=1)
+    metric = ZeroShotAccuracy(k=1)
     with pytest.raises(InputError, match=r"class_embeddings are missing; call set_classes\(class_embeddings\) before"):
         metric.update(torch.eye(2), torch.tensor([0, 1]))
     for classes in (torch.eye(2), torch.eye(2).flip(0), torch.tensor([[0.0, 1.0], [1.0, 0.0], [-1.0, 0.0]])):
@@ -203,14 +203,14 @@ def test_set_classes() -> None:
 def test_class_embeddings_are_a_copy() -> None:
     """The tower's next step does not change them."""
     classes = torch.eye(2)
-    metric = ZeroShotAccuracy(classes, top_k=1)
+    metric = ZeroShotAccuracy(classes, k=1)
     classes.mul_(-1)
     metric.update(torch.eye(2), torch.tensor([0, 1]))
     assert metric.compute() == 1
 
 
 def test_identity_forward_and_merge() -> None:
-    metric, other = ZeroShotAccuracy(torch.eye(2), top_k=1), ZeroShotAccuracy(torch.eye(2), top_k=1)
+    metric, other = ZeroShotAccuracy(torch.eye(2), k=1), ZeroShotAccuracy(torch.eye(2), k=1)
     assert metric(torch.eye(2), torch.tensor([0, 1])) == 1
     assert metric(torch.eye(2), torch.tensor([1, 0])) == 0
     other.update(torch.eye(2), torch.tensor([0, 1]))
@@ -219,7 +219,7 @@ def test_identity_forward_and_merge() -> None:
 
 
 def test_inference_mode() -> None:
-    metric = ZeroShotAccuracy(torch.eye(2), top_k=1)
+    metric = ZeroShotAccuracy(torch.eye(2), k=1)
     with torch.inference_mode():
         metric.reset()
         metric.update(torch.eye(2), torch.tensor([0, 1]))
@@ -228,7 +228,7 @@ def test_inference_mode() -> None:
 
 
 def test_pickle_and_reset() -> None:
-    metric = ZeroShotAccuracy(torch.eye(2), top_k=(1, 2))
+    metric = ZeroShotAccuracy(torch.eye(2), k=(1, 2))
     metric.update(torch.eye(2), torch.tensor([0, 0]))
     again = pickle.loads(pickle.dumps(metric))
     again.update(torch.eye(2), torch.tensor([0, 1]))
@@ -242,7 +242,7 @@ def test_pickle_and_reset() -> None:
 def test_collection_does_not_confuse_two_sets_of_prompts() -> None:
     """After the first batch both have the same counts; torchmetrics would go on with one of them."""
     pair = MetricCollection(
-        {"seen": ZeroShotAccuracy(torch.eye(2), top_k=1), "unseen": ZeroShotAccuracy(torch.ones(2, 2).triu(), top_k=1)}
+        {"seen": ZeroShotAccuracy(torch.eye(2), k=1), "unseen": ZeroShotAccuracy(torch.ones(2, 2).triu(), k=1)}
     )
     pair.update(torch.eye(2), torch.tensor([0, 1]))
     pair.update(torch.tensor([[0.0, 1.0]]), torch.tensor([1]))
@@ -259,7 +259,7 @@ class _Logs(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.layer = torch.nn.Linear(2, 2)
-        self.metric = ZeroShotAccuracy(top_k=1)
+        self.metric = ZeroShotAccuracy(k=1)
         self.values: list[float] = []
 
     def training_step(self, batch: list[Tensor]) -> Tensor:
@@ -298,19 +298,19 @@ def test_lightning_logs_the_scalar() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"top_k": 0}, r"top_k must be one whole number of at least 1 or several different ones, got 0"),
-        ({"top_k": ()}, r"top_k must be .* got \(\)"),
-        ({"top_k": (1, 1)}, r"top_k must be .* got \(1, 1\)"),
-        ({"top_k": 1.5}, r"top_k must be .* got 1.5"),
-        ({"top_k": (1, 4)}, r"top_k must be at most the number of classes, got 4 for 3 classes"),
-        ({"average": "weighted"}, r"average must be 'micro' or 'macro', got 'weighted'"),
+        ({"k": 0}, r"k must be one whole number of at least 1 or several different ones, got 0"),
+        ({"k": ()}, r"k must be .* got \(\)"),
+        ({"k": (1, 1)}, r"k must be .* got \(1, 1\)"),
+        ({"k": 1.5}, r"k must be .* got 1.5"),
+        ({"k": (1, 4)}, r"k must be at most the number of classes, got 4 for 3 classes"),
+        ({"average": "weighted"}, r"average must be one of micro, macro, got 'weighted'"),
         ({"class_embeddings": torch.ones(3)}, r"class_embeddings must have two dimensions"),
         ({"class_embeddings": torch.ones(3, 0)}, r"class_embeddings must have at least one column"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        ZeroShotAccuracy(**({"class_embeddings": torch.eye(3), "top_k": 1} | options))
+        ZeroShotAccuracy(**({"class_embeddings": torch.eye(3), "k": 1} | options))
 
 
 @pytest.mark.parametrize(
@@ -323,7 +323,7 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
     ],
 )
 def test_bad_batch(embeddings: Tensor, targets: Tensor, message: str) -> None:
-    metric = ZeroShotAccuracy(torch.eye(3), top_k=1)
+    metric = ZeroShotAccuracy(torch.eye(3), k=1)
     with pytest.raises(InputError, match=message):
         metric.update(embeddings, targets)
     assert metric.counts.sum() == 0
@@ -353,7 +353,7 @@ def test_bad_encode_and_templates() -> None:
         class_embeddings(encode, [["a"]], batch_size=0)
     with pytest.raises(InputError, match=r"templates must hold \{\} where the name of the class goes, got 'a photo'"):
         class_prompts(["cat"], ["a photo"])
-    with pytest.raises(InputError, match="classes must be a list of strings, got the string 'cat'"):
+    with pytest.raises(InputError, match="class_names must be a list of strings, got the string 'cat'"):
         class_prompts("cat")
 
 

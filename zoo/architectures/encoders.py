@@ -20,7 +20,7 @@ __all__ = ["Features", "LogMelEncoder", "mel_filters", "text_transformer"]
 def text_transformer(
     *,
     width: int = 64,
-    layers: int = 2,
+    depth: int = 2,
     heads: int = 4,
     output_dim: int = 64,
     context_length: int = 16,
@@ -30,7 +30,7 @@ def text_transformer(
 
     Args:
         width: width of the tokens; a multiple of ``heads``.
-        layers: number of blocks.
+        depth: number of blocks.
         heads: attention heads.
         output_dim: width of the embedding.
         context_length: tokens per text, with those for start and end.
@@ -42,7 +42,7 @@ def text_transformer(
     Raises:
         InputError: open_clip is not installed, or a size is out of range.
     """
-    sizes = {"width": width, "layers": layers, "heads": heads, "output_dim": output_dim, "vocab_size": vocab_size}
+    sizes = {"width": width, "depth": depth, "heads": heads, "output_dim": output_dim, "vocab_size": vocab_size}
     _require_positive(sizes)
     if width % heads:
         raise InputError(f"width must be a multiple of heads, got {width} and {heads}")
@@ -59,7 +59,7 @@ def text_transformer(
         vocab_size=vocab_size,
         width=width,
         heads=heads,
-        layers=layers,
+        layers=depth,
         output_dim=output_dim,
     )
     return network
@@ -96,7 +96,7 @@ class LogMelEncoder(nn.Module):
 
     Args:
         width: width of the frames; a multiple of ``heads``.
-        layers: number of blocks.
+        depth: number of blocks.
         heads: attention heads.
         output_dim: width of the embedding.
         mels: number of mel bands.
@@ -113,14 +113,14 @@ class LogMelEncoder(nn.Module):
         self,
         *,
         width: int = 256,
-        layers: int = 4,
+        depth: int = 4,
         heads: int = 4,
         output_dim: int = 256,
         mels: int = 80,
         sample_rate: int = 16000,
     ) -> None:
         super().__init__()
-        _require_positive({"width": width, "layers": layers, "heads": heads, "output_dim": output_dim, "mels": mels})
+        _require_positive({"width": width, "depth": depth, "heads": heads, "output_dim": output_dim, "mels": mels})
         if width % (2 * heads):
             raise InputError(f"width must be a multiple of 2 * heads, got {width} and {heads} heads")
         if sample_rate < 4000:
@@ -137,7 +137,7 @@ class LogMelEncoder(nn.Module):
             nn.TransformerEncoderLayer(
                 width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
             )
-            for _ in range(layers)
+            for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width)
         self.projection = nn.Linear(width, output_dim)

@@ -31,7 +31,7 @@ class DigitsDataModule(SplitDataModule):
 
     Args:
         batch_size: samples in a batch and process, at least 1.
-        size: side of the images in pixels, at least 8; larger ones are upsampled (bilinear), once.
+        image_size: side of the images in pixels, at least 8; larger ones are upsampled (bilinear), once.
         channels: 1, or 3 for networks that expect colour (the channel is repeated).
         augment: shift each training image by -1, 0 or 1 of its original pixels in both directions.
         train_samples: keep so many training images, of each class in proportion and at least one; None keeps all.
@@ -50,7 +50,7 @@ class DigitsDataModule(SplitDataModule):
         InputError: an argument is out of its range (``train_samples`` and the shares are checked when the data are read).
 
     Example:
-        >>> data = DigitsDataModule(batch_size=100, size=32, channels=3)
+        >>> data = DigitsDataModule(batch_size=100, image_size=32, channels=3)
         >>> images, labels = next(iter(data.train_dataloader()))
         >>> images.shape, data.num_classes
         (torch.Size([100, 3, 32, 32]), 10)
@@ -60,7 +60,7 @@ class DigitsDataModule(SplitDataModule):
         self,
         *,
         batch_size: int = 64,
-        size: int = 8,
+        image_size: int = 8,
         channels: int = 1,
         augment: bool = False,
         train_samples: int | None = None,
@@ -81,11 +81,11 @@ class DigitsDataModule(SplitDataModule):
             pin_memory=pin_memory,
             with_index=with_index,
         )
-        if size < _SIDE:
-            raise InputError(f"size must be at least {_SIDE}, the side of the original images, got {size}")
+        if image_size < _SIDE:
+            raise InputError(f"image_size must be at least {_SIDE}, the side of the original images, got {image_size}")
         if channels not in {1, 3}:
             raise InputError(f"channels must be 1 or 3, got {channels}")
-        self.size = size
+        self.image_size = image_size
         self.channels = channels
         self.augment = augment
         self.train_samples = train_samples
@@ -109,8 +109,10 @@ class DigitsDataModule(SplitDataModule):
         if self.train_samples is not None:
             train = train[stratified_subset(target[train], self.train_samples, seed=self.split_seed)]
         images = torch.from_numpy(pixels.astype(np.float32) / 16.0).view(-1, 1, _SIDE, _SIDE)
-        if self.size != _SIDE:
-            images = F.interpolate(images, size=(self.size, self.size), mode="bilinear", align_corners=False)
+        if self.image_size != _SIDE:
+            images = F.interpolate(
+                images, size=(self.image_size, self.image_size), mode="bilinear", align_corners=False
+            )
         images = images.repeat(1, self.channels, 1, 1)
         labels = torch.from_numpy(target.astype(np.int64))
 
@@ -127,7 +129,7 @@ class DigitsDataModule(SplitDataModule):
             )
 
         return Splits(
-            train=subset(train, margin=round(self.size / _SIDE) if self.augment else 0),
+            train=subset(train, margin=round(self.image_size / _SIDE) if self.augment else 0),
             train_eval=subset(train),
             val=subset(val) if len(val) else None,
             test=subset(test) if len(test) else None,

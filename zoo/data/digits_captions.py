@@ -24,7 +24,7 @@ from zoo.data.draws import random_words
 from zoo.data.loading import Splits, epoch_of
 from zoo.data.tensors import ImageTensors
 from zoo.data.text import OpenClipTokens, PairBatch
-from zoo.errors import InputError, nearest
+from zoo.errors import InputError, require_choice
 
 __all__ = ["CaptionedDigits", "DigitsCaptionsDataModule", "Wordings"]
 
@@ -88,8 +88,7 @@ _GRAMMARS = {
 
 
 def _check_wording(argument: str, value: str) -> None:
-    if value not in _GRAMMARS:
-        raise InputError(f"{argument} must be 'seen' or 'unseen', got {value!r}.{nearest(value, _GRAMMARS)}")
+    require_choice(argument, value, _GRAMMARS)
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,7 @@ class DigitsCaptionsDataModule(DigitsDataModule):
         context_length: tokens of a caption. The longest caption must fit in; it has 11 with CLIP's tokenizer.
         eval_wording: captions of the evaluation splits, "seen" in training or "unseen", with other templates and words.
         batch_size: pairs in a batch and process, at least 1.
-        size: side of the images in pixels, at least 8; larger ones are upsampled (bilinear), once.
+        image_size: side of the images in pixels, at least 8; larger ones are upsampled (bilinear), once.
         channels: 1, or 3 for networks that expect colour (the channel is repeated).
         augment: shift each training image by -1, 0 or 1 of its original pixels in both directions.
         train_samples: keep so many training images, of each class in proportion and at least one; None keeps all.
@@ -194,7 +193,7 @@ class DigitsCaptionsDataModule(DigitsDataModule):
         context_length: int = 16,
         eval_wording: Literal["seen", "unseen"] = "seen",
         batch_size: int = 64,
-        size: int = 8,
+        image_size: int = 8,
         channels: int = 1,
         augment: bool = False,
         train_samples: int | None = None,
@@ -208,7 +207,7 @@ class DigitsCaptionsDataModule(DigitsDataModule):
     ) -> None:
         super().__init__(
             batch_size=batch_size,
-            size=size,
+            image_size=image_size,
             channels=channels,
             augment=augment,
             train_samples=train_samples,

@@ -17,7 +17,7 @@ from zoo.data.splits import Indices, stratified_split
 from zoo.data.tar_shards import ShardShuffle, TarShards, shard_files
 from zoo.data.text import OpenClipTokens
 from zoo.data.transforms import IMAGENET_MEAN, IMAGENET_STD, timm_transform
-from zoo.errors import InputError
+from zoo.errors import InputError, require_choice
 
 __all__ = ["ImageTextDataModule"]
 
@@ -143,8 +143,7 @@ class ImageTextDataModule(SplitDataModule):
             ("eval_captions", eval_captions, ("all", "first")),
             ("on_error", on_error, ("raise", "skip")),
         ):
-            if value not in known:
-                raise InputError(f"{name} must be {known[0]!r} or {known[1]!r}, got {value!r}")
+            require_choice(name, value, known)
         if shuffle_shards < 1:
             raise InputError(f"shuffle_shards must be at least 1, got {shuffle_shards}")
         self.names = {"train": train, "val": val, "test": test}

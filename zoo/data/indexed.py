@@ -6,15 +6,11 @@ from collections.abc import Sized
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from zoo.errors import InputError
 
-__all__ = ["IndexedBatch", "IndexedDataset"]
-
-IndexedBatch = tuple[Tensor, Tensor, Tensor]
-"""Images (B, C, H, W), labels (B,) and positions in the training data set (B,), int64."""
+__all__ = ["IndexedDataset"]
 
 
 class IndexedDataset(Dataset[Any]):

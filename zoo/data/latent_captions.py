@@ -13,7 +13,7 @@ from zoo.data.draws import random_words
 from zoo.data.loading import SplitDataModule, Splits, epoch_of
 from zoo.data.splits import Indices, stratified_split
 from zoo.data.text import PairBatch
-from zoo.errors import InputError
+from zoo.errors import InputError, require_choice
 from zoo.latent_shards import LatentCache, identity, same_encoders
 
 __all__ = ["LatentCaptions", "LatentCaptionsDataModule"]
@@ -135,8 +135,7 @@ class LatentCaptionsDataModule(SplitDataModule):
         super().__init__(
             batch_size=batch_size, num_workers=num_workers, seed=seed, drop_last=drop_last, pin_memory=pin_memory
         )
-        if eval_captions not in ("all", "first"):
-            raise InputError(f"eval_captions must be 'all' or 'first', got {eval_captions!r}")
+        require_choice("eval_captions", eval_captions, ("all", "first"))
         self.folders = {"train": train, "val": val, "test": test}
         self.draw_latents = draw_latents
         self.every_caption = eval_captions == "all"

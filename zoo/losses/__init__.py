@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from zoo.losses.advcal import (
     calibration_consistency,
-    center_cross_entropy,
-    center_divergence,
+    centre_cross_entropy,
+    centre_divergence,
     clean_adversarial_info_nce,
     clean_adversarial_l2,
 )
-from zoo.losses.centers import pooled_similarities
+from zoo.losses.centres import pooled_similarities
 from zoo.losses.cm3 import alignment_loss, calibrated_uniformity_loss, calibration_statistics, uniformity_loss
 from zoo.losses.contrastive import clip_loss, info_nce, siglip_loss
 from zoo.losses.cwcl import cwcl_loss, cwcl_statistics
@@ -25,8 +25,8 @@ __all__ = [
     "calibrated_uniformity_loss",
     "calibration_consistency",
     "calibration_statistics",
-    "center_cross_entropy",
-    "center_divergence",
+    "centre_cross_entropy",
+    "centre_divergence",
     "clean_adversarial_info_nce",
     "clean_adversarial_l2",
     "clip_loss",

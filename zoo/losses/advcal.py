@@ -6,7 +6,7 @@ be compared and not summed, and a regularisation for alignment across modalities
 the head's output on the attacked input y' = unit(head(f(x'))), on the clean one y, and c_kj the centres of class k, which
 are all of unit length and constants but for y and y':
 
-    center_cross_entropy          -1/N sum_i log softmax_k( scale * pool_j <y'_i, c_kj> )[label_i]
+    centre_cross_entropy          -1/N sum_i log softmax_k( scale * pool_j <y'_i, c_kj> )[label_i]
     clean_adversarial_l2           1/N sum_i || y'_i - z_i ||^2
     clean_adversarial_info_nce    -1/N sum_i log softmax_j( <y'_i, z_j> / temperature )[i]
     calibration_consistency        1/N sum_i || y_i - z_i ||^2  +  1/N sum_i KL( p(z_i) || p(y'_i) ),
@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from zoo.errors import InputError
-from zoo.losses.centers import Pool, pooled_similarities
+from zoo.losses.centres import Pool, pooled_similarities
 from zoo.losses.contracts import (
     require_labels,
     require_matrix,
@@ -46,16 +46,16 @@ from zoo.losses.tiles import LINEAR_FROM
 
 __all__ = [
     "calibration_consistency",
-    "center_cross_entropy",
-    "center_divergence",
+    "centre_cross_entropy",
+    "centre_divergence",
     "clean_adversarial_info_nce",
     "clean_adversarial_l2",
 ]
 
 
-def center_cross_entropy(
+def centre_cross_entropy(
     embeddings: Tensor,
-    centers: Tensor,
+    centres: Tensor,
     labels: Tensor,
     *,
     scale: float = 100.0,
@@ -67,7 +67,7 @@ def center_cross_entropy(
 
     Args:
         embeddings: (B, D) in floating point, of any length: the head's output on attacked inputs.
-        centers: as for `pooled_similarities`.
+        centres: as for `pooled_similarities`.
         labels: (B,) integers in 0 … K - 1.
         scale: factor of the cosines, at least 0; 100 as in CLIP. At 100 a sure sample's gradient is far below float16.
         pool: as for `pooled_similarities`.
@@ -81,12 +81,12 @@ def center_cross_entropy(
         InputError: as `pooled_similarities`, labels that do not fit, or a scale that is negative or not finite.
 
     Example:
-        >>> center_cross_entropy(torch.eye(2), torch.eye(2), torch.tensor([0, 1]))
+        >>> centre_cross_entropy(torch.eye(2), torch.eye(2), torch.tensor([0, 1]))
         tensor(0.)
     """
     require_number("scale", scale, positive=False)
-    logits = scale * pooled_similarities(embeddings, centers, pool=pool, mask=mask, sharpness=sharpness)
-    require_labels("labels", labels, rows=len(embeddings), classes=len(centers))
+    logits = scale * pooled_similarities(embeddings, centres, pool=pool, mask=mask, sharpness=sharpness)
+    require_labels("labels", labels, rows=len(embeddings), classes=len(centres))
     return batch_mean(F.cross_entropy(logits, labels.long(), reduction="none"), gather=False)
 
 
@@ -161,10 +161,10 @@ def clean_adversarial_info_nce(
     return batch_mean((sums.rows + sums.columns) / 2 if symmetric else sums.rows, gather=gather)
 
 
-def center_divergence(
+def centre_divergence(
     attacked: Tensor,
     clean: Tensor,
-    centers: Tensor,
+    centres: Tensor,
     *,
     scale: float = 100.0,
     pool: Pool = "mean_centre",
@@ -176,8 +176,8 @@ def center_divergence(
     Args:
         attacked: (B, D) in floating point, of any length: the head's output.
         clean: (B, D), of any length: the frozen encoder's embeddings of the clean inputs, constants.
-        centers: as for `pooled_similarities`.
-        scale: as for `center_cross_entropy`.
+        centres: as for `pooled_similarities`.
+        scale: as for `centre_cross_entropy`.
         pool: as for `pooled_similarities`.
         mask: as for `pooled_similarities`.
         sharpness: as for `pooled_similarities`.
@@ -186,15 +186,15 @@ def center_divergence(
         A scalar of at least 0 in nats, KL( p(clean) || p(attacked) ); in float32, in float64 if `attacked` is.
 
     Raises:
-        InputError: as `center_cross_entropy`.
+        InputError: as `centre_cross_entropy`.
 
     Example:
-        >>> center_divergence(torch.eye(2), torch.eye(2), torch.eye(2))
+        >>> centre_divergence(torch.eye(2), torch.eye(2), torch.eye(2))
         tensor(0.)
     """
     require_number("scale", scale, positive=False)
     _check_sides(attacked, clean)
-    cosines = partial(pooled_similarities, centers=centers, pool=pool, mask=mask, sharpness=sharpness)
+    cosines = partial(pooled_similarities, centres=centres, pool=pool, mask=mask, sharpness=sharpness)
     with torch.autocast(attacked.device.type, enabled=False):
         found = (scale * cosines(attacked)).log_softmax(1)
         constant = clean.detach().to(found.dtype)
@@ -206,7 +206,7 @@ def center_divergence(
 def calibration_consistency(
     attacked: Tensor,
     clean: Tensor,
-    centers: Tensor,
+    centres: Tensor,
     *,
     clean_head: Tensor | None = None,
     scale: float = 100.0,
@@ -217,15 +217,15 @@ def calibration_consistency(
     """Keep a modality where the others find it: R_id + R_kl, averaged over the batch.
 
     R_id is `clean_adversarial_l2(clean_head, clean)`: the head is to leave clean embeddings alone. R_kl is
-    `center_divergence(attacked, clean, centers)`: an attack is not to move a sample's distribution over classes.
+    `centre_divergence(attacked, clean, centres)`: an attack is not to move a sample's distribution over classes.
 
     Args:
         attacked: (B, D) in floating point, of any length: the head's output on attacked inputs.
         clean: (B, D), of any length: the frozen encoder's embeddings of the clean inputs, constants.
-        centers: as for `pooled_similarities`.
+        centres: as for `pooled_similarities`.
         clean_head: (B, D), of any length: the head's output on the clean inputs; R_id is left out without it, for
             training on attacked samples only.
-        scale: as for `center_cross_entropy`.
+        scale: as for `centre_cross_entropy`.
         pool: as for `pooled_similarities`.
         mask: as for `pooled_similarities`.
         sharpness: as for `pooled_similarities`.
@@ -234,13 +234,13 @@ def calibration_consistency(
         A scalar of at least 0; in float32, in float64 if `attacked` is.
 
     Raises:
-        InputError: as `center_divergence` and `clean_adversarial_l2`.
+        InputError: as `centre_divergence` and `clean_adversarial_l2`.
 
     Example:
         >>> calibration_consistency(torch.eye(2), torch.eye(2), torch.eye(2), clean_head=torch.eye(2).flip(0))
         tensor(2.)
     """
-    divergence = center_divergence(attacked, clean, centers, scale=scale, pool=pool, mask=mask, sharpness=sharpness)
+    divergence = centre_divergence(attacked, clean, centres, scale=scale, pool=pool, mask=mask, sharpness=sharpness)
     return divergence if clean_head is None else divergence + clean_adversarial_l2(clean_head, clean)
 
 

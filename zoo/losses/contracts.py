@@ -14,10 +14,21 @@ from torch import Tensor
 
 from zoo.errors import InputError
 
-__all__ = ["require_labels", "require_matrix", "require_number", "require_same_layout", "unit_rows", "working_dtype"]
+__all__ = [
+    "lengths_may_overflow",
+    "require_labels",
+    "require_matrix",
+    "require_number",
+    "require_same_layout",
+    "shrinking_factor",
+    "unit_rows",
+    "working_dtype",
+]
 
 # Below this length the direction of a vector is noise, and dividing by it would give gradients of 1/length.
 _NEGLIGIBLE_NORM = 1e-6
+# A length that can be squared, and a power of two that makes one of all longer ones, none of them negligible; by type.
+_SHRINKING = {torch.float32: (2.0**60, 2.0**-75), torch.float64: (2.0**505, 2.0**-520)}
 
 
 def require_matrix(name: str, value: Tensor) -> None:
@@ -125,7 +136,7 @@ def unit_rows(rows: Tensor) -> Tensor:
         rows: (N, d), in float32 or float64.
 
     Returns:
-        (N, d); zeros, with gradient 0, where a length is at most 1e-6; NaN for NaN and for lengths that overflow.
+        (N, d); zeros, with gradient 0, where a length is at most 1e-6; NaN for NaN and infinity.
 
     Example:
         >>> unit_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
@@ -133,10 +144,54 @@ def unit_rows(rows: Tensor) -> Tensor:
                 [0.0000, 0.0000]])
     """
     norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    if lengths_may_overflow(norm):
+        rows = rows * shrinking_factor(norm)
+        norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     negligible = norm <= _NEGLIGIBLE_NORM
-    # x / inf is 0, and what overflowed would pass for a vector of zeros; 0 * inf makes it NaN.
+    # x / inf is 0, and what is infinite would pass for a vector of zeros; 0 * inf makes it NaN.
     inverse: Tensor = torch.where(negligible, 0, 1 / torch.where(negligible, 1, norm)) + 0 * norm
     return rows * inverse
+
+
+def lengths_may_overflow(*lengths: Tensor) -> bool:
+    """Whether some rows may be so long that they have to be shrunk first.
+
+    Lengths are squared and multiplied on the way: from 1e19 on, float32 does not hold the result. On the CPU they are looked
+    at; on a GPU, which would make the host wait, and while a graph is traced, they always may. That costs time, and changes
+    no value.
+
+    Args:
+        lengths: of rows, in float32 or float64, infinite if they have overflowed.
+
+    Returns:
+        Whether to shrink the rows by `shrinking_factor`.
+
+    Example:
+        >>> lengths_may_overflow(torch.tensor([1.0, 2.0])), lengths_may_overflow(torch.tensor([1.0, torch.inf]))
+        (False, True)
+    """
+    if torch.compiler.is_compiling() or any(x.device.type != "cpu" for x in lengths):
+        return True
+    return any(bool((x > _SHRINKING[x.dtype][0]).any()) for x in lengths)
+
+
+def shrinking_factor(lengths: Tensor) -> Tensor:
+    """A power of two for each row that makes its length one that can be squared; 1 for rows of usual length.
+
+    The product with it is exact. It is a constant without gradient.
+
+    Args:
+        lengths: of the rows, in float32 or float64, infinite if they have overflowed.
+
+    Returns:
+        A tensor of the same shape.
+
+    Example:
+        >>> shrinking_factor(torch.tensor([5.0, 1e18, torch.inf])).log2()
+        tensor([  0.,   0., -75.])
+    """
+    highest, factor = _SHRINKING[lengths.dtype]
+    return torch.where(lengths.detach() > highest, torch.full_like(lengths, factor), torch.ones_like(lengths))
 
 
 def working_dtype(student: Tensor) -> torch.dtype:

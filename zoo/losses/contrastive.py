@@ -17,7 +17,8 @@ the scale itself: `scale = logit_scale.exp()`, one over the temperature.
 
 All are computed in float32 (float64 stays float64) in tiles (`zoo.losses.pairwise`): memory does not grow with the
 square of the batch, value and gradient are those of the dense formula. A sample's value depends on its batch. A batch
-of one has the InfoNCE 0, gradient 0. An empty batch gives 0, still connected to its features. NaN gives NaN.
+of one has the InfoNCE 0, gradient 0. An empty batch gives 0, still connected to its features. NaN gives NaN,
+and so may scores or products of features beyond 1e38, which float32 does not hold.
 
 With `gather=True` and a process group, every process returns the loss of the global batch, and the mean of the
 gradients over processes, which is what DDP takes, is the exact gradient of it, of a learned scale too. All processes

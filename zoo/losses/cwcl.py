@@ -30,7 +30,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from zoo.errors import InputError
+from zoo.errors import InputError, require_choice
 from zoo.losses.contracts import require_matrix, require_same_layout, unit_rows, working_dtype
 from zoo.losses.contrastive import batch_mean
 from zoo.losses.pairwise import pairwise_logsumexp, scalar, tile_shape
@@ -56,9 +56,9 @@ def cwcl_loss(
     weighted_direction: Literal["trained", "both"] = "trained",
     kernel: KernelName = "affine",
     exponent: float = 2.0,
-    temperature: float = 0.1,
+    kernel_temperature: float = 0.1,
     neighbours: int = 8,
-    reduction: Literal["sum", "mean"] = "sum",
+    direction_reduction: Literal["sum", "mean"] = "sum",
     gather: bool = False,
     chunk_size: int | None = None,
 ) -> Tensor:
@@ -74,7 +74,7 @@ def cwcl_loss(
     - a batch of one: 0 to rounding; an empty batch: 0, still connected to `trained`;
     - duplicates in `weight_features` are partners in full (w = 1) from the trained side, and negatives, as all others,
       from the frozen side;
-    - NaN or infinity in any feature: NaN. Lengths above 1e19 overflow float32 and count as infinite.
+    - NaN or infinity in any feature: NaN.
 
     With `gather=True` and a process group, every process returns the loss of the global batch, and the mean of the
     gradients over processes, which is what DDP takes, is the exact gradient of it, of a learned scale too. All
@@ -90,12 +90,12 @@ def cwcl_loss(
         weighted_direction: `"trained"` weights the direction from the trained side (the paper's); `"both"` weights the
             other one too (ours).
         kernel: weight as a function of the cosine c. `"affine"`, (1 + c) / 2, is the paper's. Ours, sharper:
-            `"power"`, ((1 + c) / 2)**exponent; `"exp"`, exp((c - 1) / temperature); `"topk"`, the affine weight of the
-            `neighbours` nearest, ties included, 0 for others.
+            `"power"`, ((1 + c) / 2)**exponent; `"exp"`, exp((c - 1) / kernel_temperature); `"topk"`, the affine weight of
+            the `neighbours` nearest, ties included, 0 for others.
         exponent: of `"power"`, above 0.
-        temperature: of `"exp"`, above 0; not that of the scores.
+        kernel_temperature: of `"exp"`, above 0; not that of the scores.
         neighbours: of `"topk"`, at least 1; the sample itself is one of them.
-        reduction: `"sum"` of the two directions (the paper's) or their `"mean"`, half of it.
+        direction_reduction: `"sum"` of the two directions (the paper's) or their `"mean"`, half of it.
         gather: whether the batch is that of all processes instead of this one's.
         chunk_size: rows and columns of a tile, at least 1; None lets the engine choose. It does not change the value.
 
@@ -114,11 +114,9 @@ def cwcl_loss(
         >>> (loss / torch.tensor(2.0).log()).round()
         tensor(2.)
     """
-    if weighted_direction not in ("trained", "both"):
-        raise InputError(f"weighted_direction must be 'trained' or 'both', got {weighted_direction!r}")
-    if reduction not in ("sum", "mean"):
-        raise InputError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
-    chosen = Kernel.checked(kernel, exponent=exponent, temperature=temperature, neighbours=neighbours)
+    require_choice("weighted_direction", weighted_direction, ("trained", "both"))
+    require_choice("direction_reduction", direction_reduction, ("sum", "mean"))
+    chosen = Kernel.checked(kernel, exponent=exponent, kernel_temperature=kernel_temperature, neighbours=neighbours)
     with torch.autocast(trained.device.type, enabled=False):
         terms = _terms(
             trained,
@@ -131,7 +129,7 @@ def cwcl_loss(
             chunk_size=chunk_size,
         )
         total = batch_mean(terms.from_trained + terms.from_frozen, gather=gather)
-        return total / 2 if reduction == "mean" else total
+        return total / 2 if direction_reduction == "mean" else total
 
 
 @torch.no_grad()
@@ -143,7 +141,7 @@ def cwcl_statistics(
     weight_features: Tensor | None = None,
     kernel: KernelName = "affine",
     exponent: float = 2.0,
-    temperature: float = 0.1,
+    kernel_temperature: float = 0.1,
     neighbours: int = 8,
     gather: bool = False,
     chunk_size: int | None = None,
@@ -160,7 +158,7 @@ def cwcl_statistics(
         weight_features: as for `cwcl_loss`.
         kernel: as for `cwcl_loss`.
         exponent: as for `cwcl_loss`.
-        temperature: as for `cwcl_loss`.
+        kernel_temperature: as for `cwcl_loss`.
         neighbours: as for `cwcl_loss`.
         gather: as for `cwcl_loss`; the values are then those of the global batch.
         chunk_size: as for `cwcl_loss`.
@@ -179,7 +177,7 @@ def cwcl_statistics(
         >>> statistics["effective_positives"].round(), statistics["kl"].abs().round()
         (tensor(2.), tensor(0.))
     """
-    chosen = Kernel.checked(kernel, exponent=exponent, temperature=temperature, neighbours=neighbours)
+    chosen = Kernel.checked(kernel, exponent=exponent, kernel_temperature=kernel_temperature, neighbours=neighbours)
     with torch.autocast(trained.device.type, enabled=False):
         terms = _terms(
             trained,

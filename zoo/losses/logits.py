@@ -22,7 +22,8 @@ it); predictions that do not vary have the correlation 0 with gradient 0 in DIST
 gradients of the order of 1e7 there); the term of DIST over the batch can be made global under DDP.
 
 In all of them the teacher's logits are constants, detached here; the caller detaches nothing. NaN in the logits gives
-NaN. An empty batch gives 0, still connected to the student.
+NaN, and so may logits that, divided by the temperature, are beyond 1e38. An empty batch, or one without classes, gives 0,
+still connected to the student.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ __all__ = ["dist_loss", "dkd_loss", "kd_loss"]
 
 # Added to the product of norms by the released DIST; the golden numbers of that code need it.
 _DIST_EPSILON = 1e-8
+_HIGHEST_TEMPERATURE = 1e15
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4.0) -> Tensor:
@@ -57,7 +59,7 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: floa
 
     Raises:
         InputError: shapes or devices differ, a tensor is not (B, K) in floating point, or the temperature is not
-            positive.
+            positive or above 1e15.
 
     Example:
         >>> kd_loss(torch.tensor([[0.0, 1.0]]), torch.tensor([[5.0, 6.0]]))
@@ -100,7 +102,7 @@ def dkd_loss(
         InputError: shapes or devices differ, a tensor is not (B, K) in floating point, soft labels, a label out of
             range (looked at on the CPU only), fewer than two classes, two classes with `beta` other than 0 (one class
             remains beside the label, and its distribution is always 1), a weight below 0, or a temperature that is not
-            positive.
+            positive or above 1e15.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0, 1.0]])
@@ -174,7 +176,7 @@ def dist_loss(
             require_equal_batches(student)
             # The logits and not the terms: every process then computes the global loss itself, value and gradient.
             student, teacher = gather_rows(student), gather_rows(teacher)
-        if student.shape[0] == 0:
+        if student.numel() == 0:
             return student.sum()
         student, teacher = student.softmax(dim=1), teacher.softmax(dim=1)
         inter = 1 - _correlation(student, teacher, dim=1).mean()
@@ -238,6 +240,11 @@ def _check(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -
         )
     require_same_layout("teacher_logits", teacher_logits, "student_logits", student_logits)
     require_number("temperature", temperature, positive=True)
+    if temperature > _HIGHEST_TEMPERATURE:
+        raise InputError(
+            f"temperature must be at most {_HIGHEST_TEMPERATURE:g}, got {temperature}: its square is a factor of the loss, "
+            "which float32 has to hold"
+        )
 
 
 def _check_dkd_targets(student_logits: Tensor, targets: Tensor, beta: float) -> None:

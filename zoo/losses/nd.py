@@ -34,8 +34,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from zoo.errors import InputError
-from zoo.losses.contracts import require_labels, require_matrix, require_same_layout, working_dtype
+from zoo.errors import InputError, require_choice
+from zoo.losses.contracts import (
+    lengths_may_overflow,
+    require_labels,
+    require_matrix,
+    require_same_layout,
+    shrinking_factor,
+    working_dtype,
+)
 
 __all__ = ["nd_loss", "nd_statistics"]
 
@@ -55,7 +62,7 @@ class _Alignment(NamedTuple):
 def nd_loss(
     student: Tensor,
     teacher: Tensor,
-    centers: Tensor,
+    centres: Tensor,
     targets: Tensor,
     *,
     reduction: Literal["mean", "none", "class"] = "mean",
@@ -63,7 +70,7 @@ def nd_loss(
     """Distance of student features from the teacher's class directions at its length, averaged over the batch.
 
     The value of a sample is `1 - r` (see the module's docstring), in [0, 2], and does not depend on the rest of the
-    batch. Features come in raw: nothing has to be normalised or detached by the caller. `teacher`, `centers` and
+    batch. Features come in raw: nothing has to be normalised or detached by the caller. `teacher`, `centres` and
     `targets` are constants, detached here; the gradient flows to `student` alone.
 
     Defined cases:
@@ -72,8 +79,7 @@ def nd_loss(
     - a class whose mean is a row of zeros: its samples are left out of every mean and have the value 0 under
       `reduction="none"` (an included sample has 0 only if it is perfectly aligned and at least as long as the teacher);
     - no sample left, or an empty batch: 0, still connected to `student`, so that DDP finds its graph;
-    - NaN or infinity in any feature, teacher's and left-out samples' included: NaN. Lengths above 1e19 overflow float32
-      and count as infinite.
+    - NaN or infinity in any feature, teacher's and left-out samples' included: NaN.
 
     Under DDP the mean of the ranks' `"mean"` values is the global one if all ranks have equally many counted samples;
     `"class"` has no such property.
@@ -82,9 +88,9 @@ def nd_loss(
         student: features (B, D) of the student, those that enter its classifier, projected to the teacher's width if
             the widths differ.
         teacher: features (B, D) of the teacher for the same samples, in any floating-point type.
-        centers: mean teacher feature (K, D) of each class, not normalised; zeros for a class without samples.
+        centres: mean teacher feature (K, D) of each class, not normalised; zeros for a class without samples.
         targets: labels (B,) in 0 … K - 1, or non-negative weights (B, K) over classes (mixup, label smoothing), which
-            need not sum to 1; the sample's centre is then `targets @ centers`. Classes without a mean add nothing.
+            need not sum to 1; the sample's centre is then `targets @ centres`. Classes without a mean add nothing.
         reduction: `"mean"` over samples (the released code); `"none"` for the values (B,); `"class"` for the mean of
             the class means of the value, over the classes present in the batch (the paper's form plus the constant 1,
             reconstructed), which needs integer labels.
@@ -100,34 +106,33 @@ def nd_loss(
     Example:
         A student along the class direction and as long as the teacher has loss 0, an orthogonal one has loss 1:
 
-        >>> centers = torch.tensor([[2.0, 0.0]])
+        >>> centres = torch.tensor([[2.0, 0.0]])
         >>> student = torch.tensor([[3.0, 0.0], [0.0, 3.0]])
-        >>> nd_loss(student, student, centers, torch.tensor([0, 0]), reduction="none")
+        >>> nd_loss(student, student, centres, torch.tensor([0, 0]), reduction="none")
         tensor([0., 1.])
     """
-    _check(student, teacher, centers, targets)
-    if reduction not in ("mean", "none", "class"):
-        raise InputError(f"reduction must be 'mean', 'none' or 'class', got {reduction!r}")
+    _check(student, teacher, centres, targets)
+    require_choice("reduction", reduction, ("mean", "none", "class"))
     if reduction == "class" and targets.ndim == 2:
         raise InputError(
             "reduction='class' needs integer labels (B,), got soft labels (B, K): a mixed sample has no one class; "
             "pass targets.argmax(1) or use reduction='mean'"
         )
     with torch.autocast(student.device.type, enabled=False):
-        parts = _align(student, teacher, centers, targets)
+        parts = _align(student, teacher, centres, targets)
         # A sample that is left out has weight 0 and reward 0, unless it holds NaN, which stays visible.
         terms = parts.weight - parts.reward
         if reduction == "none":
             return terms
         if reduction == "mean":
             return terms.sum() / parts.weight.sum().clamp_min(1)
-        per_class = parts.weight.new_zeros(centers.shape[0]).index_add_(0, targets.long(), parts.weight)
+        per_class = parts.weight.new_zeros(centres.shape[0]).index_add_(0, targets.long(), parts.weight)
         classes_present = (per_class > 0).sum().clamp_min(1)
         return (terms / per_class.clamp_min(1)[targets.long()]).sum() / classes_present
 
 
 @torch.no_grad()
-def nd_statistics(student: Tensor, teacher: Tensor, centers: Tensor, targets: Tensor) -> dict[str, Tensor]:
+def nd_statistics(student: Tensor, teacher: Tensor, centres: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """Which branch of the loss is at work: mean reward, cosine and length ratio, and the share of longer students.
 
     Computed without a graph. Samples whose class has no mean are left out; with no sample left every value is 0. NaN
@@ -137,13 +142,13 @@ def nd_statistics(student: Tensor, teacher: Tensor, centers: Tensor, targets: Te
     Args:
         student: features (B, D) of the student, as for `nd_loss`.
         teacher: features (B, D) of the teacher, as for `nd_loss`.
-        centers: mean teacher feature (K, D) of each class, as for `nd_loss`.
+        centres: mean teacher feature (K, D) of each class, as for `nd_loss`.
         targets: labels (B,) or weights (B, K), as for `nd_loss`.
 
     Returns:
         Scalars in float32 (float64 if `student` is float64) without a unit: `reward`, the mean of r in [-1, 1];
         `cosine`, the mean cosine of student and class direction in [-1, 1], 0 for a student shorter than 1e-6;
-        `norm_ratio`, the mean of |s| / |t| over the samples with |t| above 1e-6; `longer_share`, the fraction of
+        `norm_ratio`, the mean of |s| / |t| over the samples with |t| above 1e-6; `longer_share`, the share of
         samples with |s| > |t|.
 
     Raises:
@@ -155,9 +160,9 @@ def nd_statistics(student: Tensor, teacher: Tensor, centers: Tensor, targets: Te
         >>> {name: float(value) for name, value in statistics.items()}
         {'reward': 1.0, 'cosine': 1.0, 'norm_ratio': 2.0, 'longer_share': 1.0}
     """
-    _check(student, teacher, centers, targets)
+    _check(student, teacher, centres, targets)
     with torch.autocast(student.device.type, enabled=False):
-        parts = _align(student, teacher, centers, targets)
+        parts = _align(student, teacher, centres, targets)
         included = parts.weight.sum().clamp_min(1)
         has_length = parts.weight * ~(parts.teacher_norm <= _NEGLIGIBLE_NORM)
         projection = parts.reward * torch.maximum(parts.student_norm, parts.teacher_norm)
@@ -171,19 +176,38 @@ def nd_statistics(student: Tensor, teacher: Tensor, centers: Tensor, targets: Te
         }
 
 
-def _align(student: Tensor, teacher: Tensor, centers: Tensor, targets: Tensor) -> _Alignment:
+def _align(student: Tensor, teacher: Tensor, centres: Tensor, targets: Tensor) -> _Alignment:
     dtype = working_dtype(student)
     if targets.ndim == 2:
-        center = targets.detach().to(dtype) @ centers.detach().to(dtype)
+        centre = targets.detach().to(dtype) @ centres.detach().to(dtype)
     else:
-        center = centers.detach().index_select(0, targets.long()).to(dtype)
-    teacher_norm = torch.linalg.vector_norm(teacher.detach().to(dtype), dim=1)
-    center_norm = torch.linalg.vector_norm(center, dim=1)
-    weight = (center_norm != 0).to(dtype)
-    # x / inf is 0, and what overflowed would pass for orthogonal; 0 * inf makes it NaN.
-    inverse = weight / center_norm.clamp_min(torch.finfo(dtype).tiny) + 0 * center_norm
-    reward, student_norm = _Reward.apply(student.to(dtype), center, inverse, teacher_norm)
-    return _Alignment(reward, student_norm.detach(), teacher_norm, weight)
+        centre = centres.detach().index_select(0, targets.long()).to(dtype)
+    student, teacher = student.to(dtype), teacher.detach().to(dtype)
+    norms = [torch.linalg.vector_norm(rows, dim=1) for rows in (teacher, centre)]
+    # The student's is part of what follows.
+    if not lengths_may_overflow(*norms):
+        reward, student_norm = _Reward.apply(student, centre, _inverse(norms[1]), norms[0])
+        if not lengths_may_overflow(student_norm):
+            return _Alignment(reward, student_norm.detach(), norms[0], (norms[1] != 0).to(dtype))
+    # The reward is one of directions and of a ratio of lengths: a power of two for both embeddings does not change it.
+    norms.append(torch.linalg.vector_norm(student.detach(), dim=1))
+    of_teacher, of_centre, of_student = (shrinking_factor(norm) for norm in norms)
+    both = torch.minimum(of_student, of_teacher).unsqueeze(1)
+    centre = centre * of_centre.unsqueeze(1)
+    centre_norm, shrunk = (torch.linalg.vector_norm(rows, dim=1) for rows in (centre, teacher * both))
+    reward, _ = _Reward.apply(student * both, centre, _inverse(centre_norm), shrunk)
+    student_norm, teacher_norm = (
+        torch.linalg.vector_norm(rows * factor.unsqueeze(1), dim=1) / factor
+        for rows, factor in ((student.detach(), of_student), (teacher, of_teacher))
+    )
+    return _Alignment(reward, student_norm, teacher_norm, (centre_norm != 0).to(dtype))
+
+
+def _inverse(centre_norm: Tensor) -> Tensor:
+    """What the inner product with a class mean is multiplied by; 0 for a class without one."""
+    usable = centre_norm.clamp_min(torch.finfo(centre_norm.dtype).tiny)
+    # x / inf is 0, and what is infinite would pass for orthogonal; 0 * inf makes it NaN.
+    return (centre_norm != 0).to(centre_norm.dtype) / usable + 0 * centre_norm
 
 
 class _Reward(torch.autograd.Function):
@@ -200,7 +224,7 @@ class _Reward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, center: Tensor, inverse: Tensor, teacher_norm: Tensor
+        ctx: Any, student: Tensor, centre: Tensor, inverse: Tensor, teacher_norm: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         student_norm = torch.linalg.vector_norm(student, dim=1)
@@ -211,20 +235,20 @@ class _Reward(torch.autograd.Function):
         longer = student_norm >= floor
         bound = torch.where(longer, student_norm, floor)
         scale = inverse * (bound > _NEGLIGIBLE_NORM) + 0 * bound
-        reward = (student * center).sum(1) * scale / bound
-        ctx.save_for_backward(student, center, scale, floor, longer, student_norm, reward)
+        reward = (student * centre).sum(1) * scale / bound
+        ctx.save_for_backward(student, centre, scale, floor, longer, student_norm, reward)
         return reward, student_norm
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None, None]:
-        student, center, scale, floor, longer, student_norm, reward = ctx.saved_tensors
+        student, centre, scale, floor, longer, student_norm, reward = ctx.saved_tensors
         of_reward, of_norm = gradients
         result: Tensor | None = None
         if of_reward is not None:
             bound = torch.where(longer, student_norm, floor)
             share = of_reward / bound
             along = share * reward * longer / bound
-            result = (center * (share * scale).unsqueeze(1)).addcmul_(student, along.unsqueeze(1), value=-1)
+            result = (centre * (share * scale).unsqueeze(1)).addcmul_(student, along.unsqueeze(1), value=-1)
         if of_norm is not None:  # in second derivatives only
             unit = student / torch.where(student_norm == 0, 1, student_norm).unsqueeze(1)
             through_norm = unit * of_norm.unsqueeze(1)
@@ -237,20 +261,20 @@ def _ratio(numerator: Tensor, length: Tensor) -> Tensor:
     return torch.where(length <= _NEGLIGIBLE_NORM, 0, numerator / length.clamp_min(_NEGLIGIBLE_NORM))
 
 
-def _check(student: Tensor, teacher: Tensor, centers: Tensor, targets: Tensor) -> None:
+def _check(student: Tensor, teacher: Tensor, centres: Tensor, targets: Tensor) -> None:
     require_matrix("student", student)
     require_matrix("teacher", teacher)
     require_same_layout("teacher", teacher, "student", student)
-    require_matrix("centers", centers)
-    if centers.shape[1] != student.shape[1]:
+    require_matrix("centres", centres)
+    if centres.shape[1] != student.shape[1]:
         raise InputError(
-            f"centers must have the width of student, got {centers.shape[1]} and {student.shape[1]}; were the class "
+            f"centres must have the width of student, got {centres.shape[1]} and {student.shape[1]}; were the class "
             "means made with another teacher?"
         )
-    for name, value in (("centers", centers), ("targets", targets)):
+    for name, value in (("centres", centres), ("targets", targets)):
         if value.device != student.device:
             raise InputError(f"{name} must be on the device of student, got {value.device} and {student.device}")
-    rows, classes = student.shape[0], centers.shape[0]
+    rows, classes = student.shape[0], centres.shape[0]
     if targets.is_floating_point():
         _check_soft_labels(targets, rows=rows, classes=classes)
     else:

@@ -39,8 +39,9 @@ def review_kd_loss(
 
     Maps come in raw: nothing has to be normalised or detached by the caller. The teacher's are constants, detached here.
     The value of a level is the mean of its samples' values. An empty batch gives 0, still connected to every student map,
-    so that DDP finds its graph. NaN or infinity in a map gives NaN or infinity. Under DDP the mean of the ranks' values
-    is the global one if all ranks have equally many samples.
+    so that DDP finds its graph. NaN or infinity in a map gives NaN or infinity, and so do differences above 1e19, whose
+    squares float32 does not hold. Under DDP the mean of the ranks' values is the global one if all ranks have equally many
+    samples.
 
     On a GPU the gradient is not bit-reproducible where a side is no multiple of a pool size (PyTorch's adaptive pooling).
 

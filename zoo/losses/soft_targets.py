@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from zoo.errors import InputError
+from zoo.errors import InputError, require_choice
 from zoo.losses.contracts import require_number
 from zoo.losses.ranks import gather_rows, rank_and_size, sum_over_ranks
 from zoo.losses.tiles import Workspace, tiles
@@ -31,6 +31,7 @@ from zoo.losses.tiles import Workspace, tiles
 __all__ = ["Kernel", "KernelName", "weighted_means", "weights_entropy"]
 
 KernelName = Literal["affine", "power", "exp", "topk"]
+_KERNELS = ("affine", "power", "exp", "topk")
 
 _ROUNDING = 32  # in units of the last place of 1: how far apart the cosines of equal pairs may come out
 
@@ -42,13 +43,13 @@ class Kernel(NamedTuple):
     parameter: float
 
     @classmethod
-    def checked(cls, name: KernelName, *, exponent: float, temperature: float, neighbours: int) -> Kernel:
+    def checked(cls, name: KernelName, *, exponent: float, kernel_temperature: float, neighbours: int) -> Kernel:
         """Choose the number that belongs to a kernel, and refuse what is out of range.
 
         Args:
             name: the kernel.
             exponent: of `power`, above 0.
-            temperature: of `exp`, above 0.
+            kernel_temperature: of `exp`, above 0.
             neighbours: of `topk`, at least 1.
 
         Returns:
@@ -58,19 +59,18 @@ class Kernel(NamedTuple):
             InputError: an unknown name, or the kernel's own number is out of range.
 
         Example:
-            >>> Kernel.checked("affine", exponent=2.0, temperature=0.1, neighbours=8)
+            >>> Kernel.checked("affine", exponent=2.0, kernel_temperature=0.1, neighbours=8)
             Kernel(name='power', parameter=1.0)
         """
+        require_choice("kernel", name, _KERNELS)
         if name == "affine":
             return cls("power", 1.0)
         if name == "power":
             require_number("exponent", exponent, positive=True)
             return cls(name, exponent)
         if name == "exp":
-            require_number("temperature", temperature, positive=True)
-            return cls(name, temperature)
-        if name != "topk":
-            raise InputError(f"kernel must be 'affine', 'power', 'exp' or 'topk', got {name!r}")
+            require_number("kernel_temperature", kernel_temperature, positive=True)
+            return cls(name, kernel_temperature)
         if neighbours < 1:
             raise InputError(
                 f"neighbours must be at least 1 (each sample is its own first neighbour), got {neighbours}"
@@ -98,7 +98,7 @@ def weighted_means(
     Example:
         Opposite features weigh nothing:
 
-        >>> kernel = Kernel.checked("affine", exponent=2.0, temperature=0.1, neighbours=8)
+        >>> kernel = Kernel.checked("affine", exponent=2.0, kernel_temperature=0.1, neighbours=8)
         >>> weighted_means(torch.tensor([[1.0], [-1.0]]), torch.eye(2), kernel, tile=(8, 8))
         tensor([[1., 0.],
                 [0., 1.]])
@@ -106,7 +106,7 @@ def weighted_means(
     _, size = rank_and_size(gather=gather)
     features = features.detach()
     if kernel == ("power", 1.0):
-        extended = torch.cat((features, torch.ones_like(features[:, :1])), dim=1)
+        extended = torch.cat((features, features.new_ones(len(features), 1)), dim=1)
         products, sums = extended.t() @ values, extended.sum(0)
         if size > 1:
             products, sums = sum_over_ranks(products), sum_over_ranks(sums)
@@ -139,7 +139,7 @@ def weights_entropy(features: Tensor, kernel: Kernel, *, tile: tuple[int, int], 
         (n,), in nats, from 0 to the logarithm of the number of candidates.
 
     Example:
-        >>> kernel = Kernel.checked("affine", exponent=2.0, temperature=0.1, neighbours=8)
+        >>> kernel = Kernel.checked("affine", exponent=2.0, kernel_temperature=0.1, neighbours=8)
         >>> weights_entropy(torch.ones(3, 1), kernel, tile=(8, 8)).exp().round()
         tensor([3., 3., 3.])
     """
@@ -154,13 +154,16 @@ def weights_entropy(features: Tensor, kernel: Kernel, *, tile: tuple[int, int], 
 
 def _weigh(cosines: Tensor, own: Tensor, threshold: Tensor, kernel: str, parameter: float) -> Tensor:
     """Turn a tile of cosines into weights in place, relative to those of the anchors for themselves (B, 1)."""
+    # What differs from the anchor itself by rounding alone weighs as much, whatever it is divided or raised by.
+    rounding = _ROUNDING * torch.finfo(cosines.dtype).eps
     if kernel == "exp":
-        return cosines.sub_(own).clamp_max_(0).div_(parameter).exp_()
+        cosines.sub_(own)
+        return cosines.masked_fill_(cosines > -rounding, 0).div_(parameter).exp_()
     kept = cosines >= threshold if kernel == "topk" else None
     cosines.add_(1).clamp_min_(0).div_(1 + own).clamp_max_(1)
     if kept is not None:
         return cosines.mul_(kept)
-    return cosines if parameter == 1 else cosines.pow_(parameter)
+    return cosines if parameter == 1 else cosines.masked_fill_(cosines > 1 - rounding, 1).pow_(parameter)
 
 
 def _anchors(

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.errors import InputError
+from zoo.errors import InputError, require_choice
 from zoo.losses.contracts import require_matrix, require_number, require_same_layout, working_dtype
 
 __all__ = ["equal_captions", "softrepa_gradient", "softrepa_loss"]
@@ -73,8 +73,8 @@ def softrepa_loss(
     - NaN or infinity in a row: NaN in its value and so in the mean. Masked entries are not looked at.
 
     Args:
-        errors: (R, N) mean squared errors of image i under caption j, at least 0, in any floating-point type. The caption
-            of row i is column `first_row` + i.
+        errors: (R, N) mean squared errors of image i under caption j, at least 0 (looked at on the CPU only), in any
+            floating-point type. The caption of row i is column `first_row` + i.
         temperature: what an error is divided by, positive: a number, or a tensor that broadcasts to (R, N), as (R, 1) for
             images that have timesteps of their own. In a tensor that is not on the CPU, or under `torch.compile`, a
             value that is not positive and finite gives NaN.
@@ -90,8 +90,8 @@ def softrepa_loss(
         `errors` are.
 
     Raises:
-        InputError: `errors` is no floating-point matrix or lacks columns, `mask` or `temperature` do not fit it, a number
-            is out of range, or the reduction has no such name.
+        InputError: `errors` is no floating-point matrix, lacks columns or is negative, `mask` or `temperature` do not fit
+            it, a number is out of range, or the reduction has no such name.
 
     Example:
         Errors that are all alike tell no captions apart:
@@ -199,6 +199,7 @@ def equal_captions(texts: Tensor) -> Tensor:
     if texts.numel() == 0:  # no captions, or captions without tokens
         same = torch.ones(len(texts), len(texts), dtype=torch.bool, device=texts.device)
     else:
+        texts = torch.view_as_real(texts) if texts.is_complex() else texts
         # Numbers the captions: comparing all with all would take N^2 times the size of one, which is large for embeddings.
         numbers = torch.unique(texts.detach().flatten(1) if texts.ndim > 1 else texts, dim=0, return_inverse=True)[1]
         same = numbers.unsqueeze(1) == numbers
@@ -233,6 +234,10 @@ def _check(
     reduction: str,
 ) -> None:
     require_matrix("errors", errors)
+    if errors.device.type == "cpu" and errors.numel() and not torch.compiler.is_compiling():
+        lowest = float(errors.detach().min())
+        if -torch.inf < lowest < 0:  # infinity is told by NaN
+            raise InputError(f"errors must be mean squares, at least 0, found {lowest}")
     rows, columns = errors.shape
     if not 0 <= first_row <= columns - rows:
         raise InputError(
@@ -246,8 +251,7 @@ def _check(
         require_same_layout("mask", mask, "errors", errors)
         if mask.dtype != torch.bool:
             raise InputError(f"mask must be boolean, True where a caption is no negative, got {mask.dtype}")
-    if reduction not in _REDUCTIONS:
-        raise InputError(f"reduction must be 'mean' or 'none', got {reduction!r}")
+    require_choice("reduction", reduction, _REDUCTIONS)
 
 
 def _check_temperature(temperature: float | Tensor, errors: Tensor) -> None:
@@ -260,6 +264,8 @@ def _check_temperature(temperature: float | Tensor, errors: Tensor) -> None:
             f"temperature must broadcast to the shape of errors, {tuple(errors.shape)}, got {tuple(temperature.shape)}; "
             "a temperature for each row has the shape (rows, 1)"
         )
+    if temperature.is_complex():
+        raise InputError(f"temperature must be real, got {temperature.dtype}")
     if temperature.device != errors.device and temperature.ndim:
         raise InputError(f"temperature must be on the device of errors, got {temperature.device} and {errors.device}")
     if temperature.device.type == "cpu" and not torch.compiler.is_compiling():

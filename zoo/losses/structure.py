@@ -38,7 +38,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from zoo.errors import InputError
+from zoo.errors import InputError, require_choice
 from zoo.losses.contracts import require_matrix, require_number, unit_rows, working_dtype
 from zoo.losses.random_walks import DivergenceName, walk_divergence, walk_spread
 from zoo.losses.ranks import gather_rows, rank_and_size, require_equal_batches, sum_over_ranks
@@ -88,7 +88,7 @@ def structure_loss(
     - a batch of one: 0 with gradient 0, whatever the centering; an empty batch: 0, still connected to `aligned`;
     - a vector shorter than 1e-6 counts as zeros with gradient 0; centred, it has the direction against the mean;
     - `centering="standard"`: a coordinate that is the same in all samples stays 0;
-    - NaN or infinity in any feature: NaN. Lengths above 1e19 overflow float32 and count as infinite.
+    - NaN or infinity in any feature: NaN.
 
     With `gather=True` and a process group, mean and neighbours are those of all processes, each process compares its
     own rows, and all return the same global value; the gradients' mean over ranks, which DDP takes, is that of the
@@ -239,7 +239,7 @@ def _row_tile(chunk_size: int | None, samples: int, device: torch.device, *, lev
         # A GPU has work for more rows at a time; N / 32 of them make blocks of a fiftieth of what the dense form holds.
         return max(_ROWS, samples // 32) if device.type == "cuda" else _ROWS
     if chunk_size < 1:
-        raise InputError(f"chunk_size must be at least 1, or None for the default, got {chunk_size}")
+        raise InputError(f"chunk_size must be at least 1, or None to let the engine choose, got {chunk_size}")
     return chunk_size
 
 
@@ -264,5 +264,4 @@ def _check(frozen: Tensor, aligned: Tensor, *, temperature: float, margin: float
 
 def _check_choices(**chosen: str) -> None:
     for name, value in chosen.items():
-        if value not in (known := _CHOICES[name]):
-            raise InputError(f"{name} must be {', '.join(map(repr, known[:-1]))} or {known[-1]!r}, got {value!r}")
+        require_choice(name, value, _CHOICES[name])

@@ -114,7 +114,7 @@ class CKA(RowsMetric):
         hsic = [_hsic(centred, sides, *pair, unbiased=self.unbiased) for pair in ((0, 1), (0, 0), (1, 1))]
         # Rounding errors can make what should be zero negative.
         length = (hsic[1].clamp_min(0) * hsic[2].clamp_min(0)).sqrt()
-        return (hsic[0] / (length + self.eps)).float()
+        return _divided(hsic[0], length + self.eps)
 
     def _total(self) -> Tensor:
         pairs = torch.unique(self.numbers("widths").view(-1, 2), dim=0)
@@ -184,7 +184,12 @@ def cka_table(
             hsic /= samples * (samples - 3)
     own = hsic.diagonal().clamp_min(0)
     lengths = torch.outer(own[: len(image_layers)], own[len(image_layers) :]).sqrt()
-    return (hsic[: len(image_layers), len(image_layers) :] / (lengths + eps)).float()
+    return _divided(hsic[: len(image_layers), len(image_layers) :], lengths + eps)
+
+
+def _divided(hsic: Tensor, length: Tensor) -> Tensor:
+    """The quotient in float32; 0 where both are 0, as with `eps=0` and rows that are all alike."""
+    return (hsic / torch.where(length == 0, 1, length)).float()
 
 
 def _centred(moments: Tensor, sides: Sequence[slice]) -> Tensor:

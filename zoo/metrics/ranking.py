@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.errors import InputError
+from zoo.errors import InputError, require_choice
 from zoo.interaction_graph import PairLists, require_lists
 from zoo.metrics.embeddings import RowsMetric, require_embeddings, require_ks, settings_digest
 from zoo.metrics.top_items import DEFAULT_MEMORY, ScoreName, ranked_items
@@ -42,6 +42,10 @@ def ranking_values(hits: Tensor, held_out: Tensor, ks: Sequence[int]) -> Tensor:
     Returns:
         (4, users, lengths) in 0 … 1, float64, in the order of `MEASURES`.
 
+    Raises:
+        InputError: shapes or types that do not fit, fewer held-out items than hits (looked at on the CPU only), or lengths
+            that are not positive and different.
+
     Example:
         >>> ranking_values(torch.tensor([[False, True]]), torch.tensor([1]), [1, 2]).round(decimals=4).squeeze()
         tensor([[0.0000, 1.0000],
@@ -49,6 +53,8 @@ def ranking_values(hits: Tensor, held_out: Tensor, ks: Sequence[int]) -> Tensor:
                 [0.0000, 0.5000],
                 [0.0000, 0.5000]], dtype=torch.float64)
     """
+    ks = require_ks("ks", ks)
+    _check_hits(hits, held_out)
     longest = max(ks)
     hits = F.pad(hits.double(), (0, max(0, longest - hits.shape[1])))[:, :longest]
     places = torch.arange(1, longest + 1, device=hits.device, dtype=hits.dtype)
@@ -65,6 +71,18 @@ def ranking_values(hits: Tensor, held_out: Tensor, ks: Sequence[int]) -> Tensor:
         (hits * found / places).cumsum(1)[:, at - 1] / reachable.clamp_min(1),
     ]
     return torch.stack(values)
+
+
+def _check_hits(hits: Tensor, held_out: Tensor) -> None:
+    if hits.ndim != 2 or hits.dtype != torch.bool:
+        raise InputError(f"hits must be bool (users, places), got {hits.dtype} of shape {tuple(hits.shape)}")
+    if held_out.dtype not in (torch.int64, torch.int32) or held_out.shape != hits.shape[:1]:
+        raise InputError(
+            f"held_out must be one whole number a user, int64 of shape ({len(hits)},), got {held_out.dtype} of shape "
+            f"{tuple(held_out.shape)}"
+        )
+    if hits.device.type == "cpu" and bool((hits.sum(1) > held_out).any()):
+        raise InputError("held_out must be at least the number of hits of a user")
 
 
 class FullRanking(RowsMetric):  # for its states of whole numbers, which keep their type; there are no rows
@@ -109,8 +127,7 @@ class FullRanking(RowsMetric):  # for its states of whole numbers, which keep th
     ) -> None:
         super().__init__()
         self.k = require_ks("k", k)
-        if score not in ("dot", "cosine"):
-            raise InputError(f"score must be 'dot' or 'cosine', got {score!r}")
+        require_choice("score", score, ("dot", "cosine"))
         if memory < 1:
             raise InputError(f"memory must be at least 1 byte, got {memory}")
         self.score: ScoreName = score

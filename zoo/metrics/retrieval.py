@@ -18,11 +18,10 @@ from zoo.metrics.embeddings import (
     require_ks,
     unit_rows,
 )
+from zoo.metrics.neighbours import block_rows
 
 __all__ = ["RetrievalRecall"]
 
-# Bytes that a block of scores and what is derived from it may take, if `chunk_size` does not say how many rows it has.
-_BUDGET = 64 * 2**20
 # The float32 scores, a copy with the foreign ones masked, and up to four masks.
 _BYTES_PER_SCORE = 12
 
@@ -72,8 +71,7 @@ class RetrievalRecall(RowsMetric):
     def __init__(self, k: int | Sequence[int] = (1, 5, 10), *, chunk_size: int | None = None) -> None:
         super().__init__()
         self.k = require_ks("k", k)
-        if chunk_size is not None and chunk_size < 1:
-            raise InputError(f"chunk_size must be at least 1, or None for blocks of 64 MiB, got {chunk_size}")
+        block_rows(chunk_size, 1)
         self.chunk_size = chunk_size
         for name in ("image_embeddings", "text_embeddings"):
             self.add_rows(name)
@@ -154,7 +152,7 @@ class RetrievalRecall(RowsMetric):
     def _direction(
         self, name: str, queries: Tensor, query_ids: Tensor, gallery: Tensor, gallery_ids: Tensor
     ) -> dict[str, Tensor]:
-        rows = self.chunk_size or max(1, _BUDGET // (_BYTES_PER_SCORE * max(1, len(gallery))))
+        rows = block_rows(self.chunk_size, _BYTES_PER_SCORE * len(gallery))
         blocks = zip(torch.split(queries, rows), torch.split(query_ids, rows), strict=True)
         ranks = torch.cat([_ranks(block, ids, gallery, gallery_ids) for block, ids in blocks])
         # The rank behind the gallery is not found, however large k is.

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
-from zoo.contributions import require_choice
-from zoo.errors import InputError
+from zoo.errors import InputError, require_choice
 from zoo.layer_taps import undisturbed
 from zoo.losses.contracts import require_labels, require_number, working_dtype
 from zoo.metrics.embeddings import RowsMetric, settings_digest
@@ -21,6 +20,8 @@ from zoo.score_passes import Score, Targets
 __all__ = ["Baseline", "InsertionDeletion", "SaliencyCurves", "insertion_deletion"]
 
 Baseline = Literal["blur", "zero", "mean"]
+
+_NARROW = 1e-2
 
 
 class SaliencyCurves(NamedTuple):
@@ -280,6 +281,9 @@ def _baseline(name: Baseline, images: Tensor, size: int, sigma: float) -> Tensor
         return torch.zeros_like(images)
     if name == "mean":
         return images.mean((2, 3), keepdim=True).expand_as(images)
+    # A kernel so narrow that the neighbours of a pixel weigh exp(-5000) is the pixel alone, and would be 0 / 0.
+    if sigma < _NARROW:
+        return images
     # Mirrored edges: no more than all pixels but one on each side.
     sizes = [min(size, 2 * side - 1) for side in (images.shape[3], images.shape[2])]
     blurred: Tensor = transforms.gaussian_blur(images, sizes, [sigma, sigma])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from zoo.errors import InputError
+from zoo.errors import InputError, require_choice
 from zoo.losses.contracts import require_number
 from zoo.metrics.embeddings import RowsMetric, require_ids, settings_digest
 from zoo.metrics.saliency_ranks import constant_maps, require_maps
@@ -110,8 +110,7 @@ class PointingGame(RowsMetric):
     ) -> None:
         super().__init__()
         require_number("tolerance", tolerance, positive=strict)
-        if average not in ("macro", "micro", "none"):
-            raise InputError(f"average must be 'macro', 'micro' or 'none', got {average!r}")
+        require_choice("average", average, ("macro", "micro", "none"))
         if num_classes is not None and num_classes < 1:
             raise InputError(f"num_classes must be at least 1, got {num_classes}")
         self.tolerance = tolerance
@@ -172,7 +171,12 @@ def _boxes(objects: Tensor | Sequence[Tensor], maps: Tensor) -> Tensor:
     """Return boxes (B, n, 4) in float64, filled up with boxes infinitely far away."""
     if isinstance(objects, Tensor) and objects.ndim == 2:
         objects = objects.unsqueeze(1)
-    rows = [torch.as_tensor(boxes).to(maps.device, torch.float64) for boxes in objects]
+    if isinstance(objects, Tensor) and objects.ndim == 0:
+        raise InputError("objects must be one entry a map, got a single number")
+    given = [torch.as_tensor(boxes) for boxes in objects]
+    if any(boxes.is_complex() for boxes in given):
+        raise InputError("objects must be boxes of real numbers, got complex ones")
+    rows = [boxes.to(maps.device, torch.float64) for boxes in given]
     if len(rows) != len(maps):
         raise InputError(f"objects must be one entry a map, {len(maps)}, got {len(rows)}")
     for index, boxes in enumerate(rows):

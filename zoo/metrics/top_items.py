@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.errors import InputError
+from zoo.errors import InputError, require_choice
 from zoo.interaction_graph import PairLists, require_lists
 from zoo.metrics.embeddings import require_embeddings
 from zoo.metrics.exact_lists import best_lists, best_neighbours
@@ -219,7 +219,12 @@ def _scores_of(users: Tensor, items: Tensor, found: Tensor, length: float | None
 
 
 def _sorted_candidates(candidates: Tensor, items: int) -> Tensor:
-    if candidates.ndim != 1 or candidates.is_floating_point() or candidates.dtype == torch.bool:
+    if (
+        candidates.ndim != 1
+        or candidates.is_floating_point()
+        or candidates.is_complex()
+        or candidates.dtype == torch.bool
+    ):
         raise InputError(
             f"candidates must be positions of items, whole numbers (C,), got {candidates.dtype} of shape "
             f"{tuple(candidates.shape)}"
@@ -251,8 +256,7 @@ def _check(users: Tensor, items: Tensor, *, k: int, score: str, exclude: PairLis
         )
     if k < 1:
         raise InputError(f"k must be at least 1, got {k}")
-    if score not in ("dot", "cosine"):
-        raise InputError(f"score must be 'dot' or 'cosine', got {score!r}")
+    require_choice("score", score, ("dot", "cosine"))
     if memory < 1:
         raise InputError(f"memory must be at least 1 byte, got {memory}")
     if exclude is not None:

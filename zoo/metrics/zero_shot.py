@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from zoo.errors import InputError
+from zoo.errors import InputError, require_choice
 from zoo.losses.contracts import require_labels
 from zoo.metrics.embeddings import TIE, cosines, require_embeddings, require_ks, settings_digest, unit_rows
 
 __all__ = ["ZeroShotAccuracy", "class_embeddings", "class_prompts"]
 
 
-def class_prompts(classes: Sequence[str], templates: Sequence[str] = ("a photo of a {}.",)) -> list[list[str]]:
+def class_prompts(class_names: Sequence[str], templates: Sequence[str] = ("a photo of a {}.",)) -> list[list[str]]:
     """Fill the names of classes into templates.
 
     Args:
-        classes: names of the classes.
+        class_names: names of the classes.
         templates: sentences with `{}` where the name goes; other braces stay as they are.
 
     Returns:
@@ -33,12 +33,12 @@ def class_prompts(classes: Sequence[str], templates: Sequence[str] = ("a photo o
         >>> class_prompts(["cat", "dog"], ["a photo of a {}.", "a {} in the snow."])
         [['a photo of a cat.', 'a cat in the snow.'], ['a photo of a dog.', 'a dog in the snow.']]
     """
-    _require_strings("classes", classes)
+    _require_strings("class_names", class_names)
     _require_strings("templates", templates)
     for template in templates:
         if "{}" not in template:
             raise InputError(f"templates must hold {{}} where the name of the class goes, got {template!r}")
-    return [[template.replace("{}", name) for template in templates] for name in classes]
+    return [[template.replace("{}", name) for template in templates] for name in class_names]
 
 
 @torch.no_grad()
@@ -109,14 +109,14 @@ class ZeroShotAccuracy(Metric):
     Args:
         class_embeddings: embeddings (K, D) of the classes, of any length, detached here; None if `set_classes` gives
             them before the first batch.
-        top_k: one k or several, in 1 … K.
+        k: one k or several, in 1 … K.
         average: `"micro"` weighs samples alike, `"macro"` classes, those without samples left out.
 
     Raises:
         InputError: an option out of range, k above K, or class embeddings that are no matrix.
 
     Example:
-        >>> metric = ZeroShotAccuracy(torch.eye(3), top_k=(1, 2))
+        >>> metric = ZeroShotAccuracy(torch.eye(3), k=(1, 2))
         >>> metric.update(torch.tensor([[5.0, 1.0, 0.0], [3.0, 2.0, 0.0]]), torch.tensor([0, 1]))
         >>> metric.compute()
         {'top1': tensor(0.5000), 'top2': tensor(1.)}
@@ -134,14 +134,13 @@ class ZeroShotAccuracy(Metric):
         self,
         class_embeddings: Tensor | None = None,
         *,
-        top_k: int | Sequence[int] = (1, 5),
+        k: int | Sequence[int] = (1, 5),
         average: Literal["micro", "macro"] = "micro",
     ) -> None:
         super().__init__()
-        if average not in ("micro", "macro"):
-            raise InputError(f"average must be 'micro' or 'macro', got {average!r}")
-        self.top_k = require_ks("top_k", top_k)
-        self.scalar = isinstance(top_k, int)
+        require_choice("average", average, ("micro", "macro"))
+        self.k = require_ks("k", k)
+        self.scalar = isinstance(k, int)
         self.average = average
         self.class_embeddings: Tensor | None = None
         if class_embeddings is None:
@@ -161,9 +160,9 @@ class ZeroShotAccuracy(Metric):
         require_embeddings("class_embeddings", class_embeddings)
         if self.update_called:
             raise InputError("class_embeddings cannot change between batches of one result; call reset() first")
-        if max(self.top_k) > len(class_embeddings):
+        if max(self.k) > len(class_embeddings):
             raise InputError(
-                f"top_k must be at most the number of classes, got {max(self.top_k)} for {len(class_embeddings)} classes"
+                f"k must be at most the number of classes, got {max(self.k)} for {len(class_embeddings)} classes"
             )
         self.class_embeddings = unit_rows(class_embeddings).to(self.device, torch.float32)
         self._add_counts(len(class_embeddings))
@@ -193,7 +192,7 @@ class ZeroShotAccuracy(Metric):
         own = scores.gather(1, targets.unsqueeze(1))
         # Not "at least as near", which NaN would pass. The class itself is among them and makes ranks begin with 1.
         ranks = (scores < own - TIE).logical_not().sum(1, keepdim=True)
-        hits = (ranks <= torch.tensor(self.top_k, device=self.device)) & own.isfinite()
+        hits = (ranks <= torch.tensor(self.k, device=self.device)) & own.isfinite()
         # Not in place: a reset inside inference_mode leaves tensors that cannot be changed outside of it.
         self.hits = self.hits.index_add(0, targets, hits.to(self.hits.dtype))
         self.counts = self.counts.index_add(0, targets, torch.ones_like(targets, dtype=self.counts.dtype))
@@ -210,13 +209,13 @@ class ZeroShotAccuracy(Metric):
         else:
             seen = self.counts > 0
             shares = (self.hits[seen] / self.counts[seen].unsqueeze(1)).mean(0)
-        return shares[0] if self.scalar else {f"top{k}": share for k, share in zip(self.top_k, shares, strict=True)}
+        return shares[0] if self.scalar else {f"top{k}": share for k, share in zip(self.k, shares, strict=True)}
 
     def _add_counts(self, classes: int) -> None:
         zeros = torch.zeros(classes, dtype=torch.int64, device=self.device)
-        self.add_state("hits", zeros.unsqueeze(1).repeat(1, len(self.top_k)), dist_reduce_fx="sum")
+        self.add_state("hits", zeros.unsqueeze(1).repeat(1, len(self.k)), dist_reduce_fx="sum")
         self.add_state("counts", zeros, dist_reduce_fx="sum")
-        digest = settings_digest(self.class_embeddings, self.top_k).to(self.device)
+        digest = settings_digest(self.class_embeddings, self.k).to(self.device)
         self.add_state("settings", digest, dist_reduce_fx="max")
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from zoo.errors import InputError, nearest
+from zoo.errors import InputError, require_choice
 from zoo.losses.contracts import require_matrix, require_number, unit_rows, working_dtype
 
 __all__ = ["Pool", "pooled_similarities"]
@@ -23,7 +23,7 @@ _POOLS = ("mean_centre", "mean_sim", "max", "lse", "lme")
 
 def pooled_similarities(
     embeddings: Tensor,
-    centers: Tensor,
+    centres: Tensor,
     *,
     pool: Pool = "mean_centre",
     mask: Tensor | None = None,
@@ -42,9 +42,9 @@ def pooled_similarities(
 
     Args:
         embeddings: (B, D) in floating point, of any length.
-        centers: (K, D), one centre a class, for which all ways to pool are one, or (K, M, D); constants or not.
+        centres: (K, D), one centre a class, for which all ways to pool are one, or (K, M, D); constants or not.
         pool: how the cosines with the centres of a class become one.
-        mask: (K, M) booleans, False where a class has fewer than M centres and `centers` holds anything finite. Every
+        mask: (K, M) booleans, False where a class has fewer than M centres and `centres` holds anything finite. Every
             class needs a centre; on a GPU, where that is not looked at, one without has the cosine 0 by the means, and else
             the lowest finite number.
         sharpness: of `"lse"` and `"lme"`, above 0.
@@ -56,22 +56,21 @@ def pooled_similarities(
         InputError: shapes, types or devices that do not fit, an unknown way to pool, a class without a centre.
 
     Example:
-        >>> centers = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[-1.0, 0.0], [-1.0, 0.0]]])
-        >>> pooled_similarities(torch.tensor([[2.0, 0.0]]), centers, pool="mean_sim")
+        >>> centres = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[-1.0, 0.0], [-1.0, 0.0]]])
+        >>> pooled_similarities(torch.tensor([[2.0, 0.0]]), centres, pool="mean_sim")
         tensor([[ 0.5000, -1.0000]])
     """
-    _check_centers(embeddings, centers, mask)
-    if pool not in _POOLS:
-        raise InputError(f"pool must be one of {', '.join(_POOLS)}, got {pool!r}.{nearest(str(pool), _POOLS)}")
+    _check_centres(embeddings, centres, mask)
+    require_choice("pool", pool, _POOLS)
     require_number("sharpness", sharpness, positive=True)
     with torch.autocast(embeddings.device.type, enabled=False):
         dtype = working_dtype(embeddings)
         unit = unit_rows(embeddings.to(dtype))
-        if centers.ndim == 2:
-            return unit @ unit_rows(centers.to(dtype)).t()
-        classes, count, width = centers.shape
-        single = unit_rows(centers.to(dtype).reshape(-1, width)).view(classes, count, width)
-        kept = torch.ones(classes, count, dtype=torch.bool, device=centers.device) if mask is None else mask
+        if centres.ndim == 2:
+            return unit @ unit_rows(centres.to(dtype)).t()
+        classes, count, width = centres.shape
+        single = unit_rows(centres.to(dtype).reshape(-1, width)).view(classes, count, width)
+        kept = torch.ones(classes, count, dtype=torch.bool, device=centres.device) if mask is None else mask
         if pool in ("mean_centre", "mean_sim"):
             total = torch.where(kept.unsqueeze(2), single, 0).sum(1)
             mean = total / kept.sum(1, keepdim=True).clamp(min=1)
@@ -87,32 +86,32 @@ def pooled_similarities(
         return sums / sharpness
 
 
-def _check_centers(embeddings: Tensor, centers: Tensor, mask: Tensor | None) -> None:
+def _check_centres(embeddings: Tensor, centres: Tensor, mask: Tensor | None) -> None:
     require_matrix("embeddings", embeddings)
-    if centers.ndim not in (2, 3) or not centers.is_floating_point() or 0 in centers.shape:
+    if centres.ndim not in (2, 3) or not centres.is_floating_point() or 0 in centres.shape:
         raise InputError(
-            "centers must be (classes, width) or (classes, centres, width) in floating point, none of them 0, got shape "
-            f"{tuple(centers.shape)} of {centers.dtype}"
+            "centres must be (classes, width) or (classes, centres, width) in floating point, none of them 0, got shape "
+            f"{tuple(centres.shape)} of {centres.dtype}"
         )
-    if centers.shape[-1] != embeddings.shape[1]:
-        raise InputError(f"centers must be as wide as the embeddings, {embeddings.shape[1]}, got {centers.shape[-1]}")
-    if centers.device != embeddings.device:
+    if centres.shape[-1] != embeddings.shape[1]:
+        raise InputError(f"centres must be as wide as the embeddings, {embeddings.shape[1]}, got {centres.shape[-1]}")
+    if centres.device != embeddings.device:
         raise InputError(
-            f"centers must be on the device of the embeddings, got {centers.device} and {embeddings.device}; move them with "
+            f"centres must be on the device of the embeddings, got {centres.device} and {embeddings.device}; move them with "
             f".to({str(embeddings.device)!r})"
         )
     if mask is not None:
-        _check_mask(centers, mask)
+        _check_mask(centres, mask)
 
 
-def _check_mask(centers: Tensor, mask: Tensor) -> None:
-    if mask.dtype != torch.bool or mask.shape != centers.shape[:-1] or centers.ndim != 3:
+def _check_mask(centres: Tensor, mask: Tensor) -> None:
+    if mask.dtype != torch.bool or mask.shape != centres.shape[:-1] or centres.ndim != 3:
         raise InputError(
-            "mask must be booleans (classes, centres) for centers (classes, centres, width), got shape "
-            f"{tuple(mask.shape)} of {mask.dtype} for {tuple(centers.shape)}"
+            "mask must be booleans (classes, centres) for centres (classes, centres, width), got shape "
+            f"{tuple(mask.shape)} of {mask.dtype} for {tuple(centres.shape)}"
         )
-    if mask.device != centers.device:
-        raise InputError(f"mask must be on the device of centers, got {mask.device} and {centers.device}")
+    if mask.device != centres.device:
+        raise InputError(f"mask must be on the device of centres, got {mask.device} and {centres.device}")
     if mask.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(mask.any(1).all()):
         empty = int((~mask.any(1)).nonzero()[0])
         raise InputError(f"mask must leave every class a centre, and class {empty} has none")

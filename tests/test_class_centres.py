@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from zoo.class_centers import center_digests, read_centers, templates_of
+from zoo.class_centres import centre_digests, read_centres, templates_of
 from zoo.errors import InputError
 
 
 def test_lists_of_unequal_length_become_unit_vectors() -> None:
-    found = read_centers({"a": [[[3.0, 4.0]], [[0.0, 2.0], [1.0, 0.0]]], "b": [[1.0, 0.0], [0.0, 1.0]]}, ["b", "a"])
+    found = read_centres({"a": [[[3.0, 4.0]], [[0.0, 2.0], [1.0, 0.0]]], "b": [[1.0, 0.0], [0.0, 1.0]]}, ["b", "a"])
     assert found.vectors.shape == (2, 2, 2, 2)
     assert found.vectors[1, 0, 0].tolist() == pytest.approx([0.6, 0.8])
     assert found.vectors[1, 1].tolist() == [[0.0, 1.0], [1.0, 0.0]]
@@ -26,16 +26,16 @@ def test_lists_of_unequal_length_become_unit_vectors() -> None:
 def test_files(tmp_path: Path) -> None:
     table = torch.randn(3, 2, 4)
     np.save(tmp_path / "c.npy", table.numpy())
-    save_file({"centers": table}, tmp_path / "c.safetensors")
+    save_file({"centres": table}, tmp_path / "c.safetensors")
     save_file({"image": table, "audio": table.flip(0)}, tmp_path / "each.safetensors")
     modalities = ["image", "audio"]
-    first = read_centers(str(tmp_path / "c.npy"), modalities)
-    second = read_centers(str(tmp_path / "c.safetensors"), modalities)
-    each = read_centers(str(tmp_path / "each.safetensors"), modalities)
+    first = read_centres(str(tmp_path / "c.npy"), modalities)
+    second = read_centres(str(tmp_path / "c.safetensors"), modalities)
+    each = read_centres(str(tmp_path / "each.safetensors"), modalities)
     torch.testing.assert_close(first.vectors[0], torch.nn.functional.normalize(table, dim=2))
-    assert center_digests(first, modalities) == center_digests(second, modalities)
-    assert center_digests(first, modalities)["image"] == center_digests(each, modalities)["image"]
-    assert center_digests(first, modalities)["audio"] != center_digests(each, modalities)["audio"]
+    assert centre_digests(first, modalities) == centre_digests(second, modalities)
+    assert centre_digests(first, modalities)["image"] == centre_digests(each, modalities)["image"]
+    assert centre_digests(first, modalities)["audio"] != centre_digests(each, modalities)["audio"]
 
 
 def test_templates() -> None:
@@ -46,7 +46,7 @@ def test_templates() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"audio": [[1.0]]}, "centers hold nothing for image: they have audio"),
+        ({"audio": [[1.0]]}, "centres hold nothing for image: they have audio"),
         ([[0.0, 0.0], [1.0, 0.0]], "must be finite and not zero"),
         ([[float("nan"), 0.0]], "must be finite and not zero"),
         ([["a", "b"]], "must be vectors of one width"),
@@ -57,6 +57,6 @@ def test_templates() -> None:
         ("nowhere.npy", "nowhere.npy cannot be read"),
     ],
 )
-def test_bad_centers(given: Any, message: str) -> None:
+def test_bad_centres(given: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        read_centers(given, ["image"])
+        read_centres(given, ["image"])

@@ -19,7 +19,7 @@ from zoo.errors import InputError
 from zoo.losses.contracts import unit_rows
 from zoo.towers import fingerprint
 
-__all__ = ["TEMPLATES", "Centers", "center_digests", "embed_prompts", "read_centers", "templates_of"]
+__all__ = ["TEMPLATES", "Centres", "centre_digests", "embed_prompts", "read_centres", "templates_of"]
 
 TEMPLATES = {
     "image": "a photo of a {}", "video": "a video of a {}", "audio": "a sound of a {}",
@@ -28,7 +28,7 @@ TEMPLATES = {
 """A prompt a modality, for those that name none; others are "a {modality} of a {}"."""
 
 
-class Centers(NamedTuple):
+class Centres(NamedTuple):
     """Centres of the classes.
 
     Attributes:
@@ -53,7 +53,7 @@ def templates_of(modality: str, given: Mapping[str, Sequence[str]] | None) -> li
 
 
 @torch.no_grad()
-def embed_prompts(encode: Callable[[list[str]], Tensor], prompts: Sequence[Sequence[Sequence[str]]]) -> Centers:
+def embed_prompts(encode: Callable[[list[str]], Tensor], prompts: Sequence[Sequence[Sequence[str]]]) -> Centres:
     """Return the embeddings of prompts as centres.
 
     Args:
@@ -63,13 +63,13 @@ def embed_prompts(encode: Callable[[list[str]], Tensor], prompts: Sequence[Seque
     return _pack([[unit_rows(encode(list(texts)).float()).cpu() for texts in classes] for classes in prompts])
 
 
-def read_centers(given: str | Sequence[Any] | Mapping[str, Any], modalities: Sequence[str]) -> Centers:
+def read_centres(given: str | Sequence[Any] | Mapping[str, Any], modalities: Sequence[str]) -> Centres:
     """Read centres from lists or a file.
 
     Args:
         given: for all modalities (K, D) or, with several centres a class, K lists of vectors; or a dict of those by
             modality. A string is a file: ``.npy`` with an array (K, D) or (K, M, D), or ``.safetensors`` with such a tensor
-            named ``centers``, or one for each modality under its name.
+            named ``centres``, or one for each modality under its name.
         modalities: names of the modalities, in order.
 
     Returns:
@@ -80,8 +80,8 @@ def read_centers(given: str | Sequence[Any] | Mapping[str, Any], modalities: Seq
             widths, zero or not finite, or other numbers of classes.
 
     Example:
-        >>> centers = read_centers([[[3.0, 0.0], [0.0, 1.0]], [[0.0, -2.0]]], ["image"])
-        >>> centers.vectors.shape, centers.mask.tolist()
+        >>> centres = read_centres([[[3.0, 0.0], [0.0, 1.0]], [[0.0, -2.0]]], ["image"])
+        >>> centres.vectors.shape, centres.mask.tolist()
         (torch.Size([1, 2, 2, 2]), [[[True, True], [True, False]]])
     """
     value = _read_file(given) if isinstance(given, str) else given
@@ -89,14 +89,14 @@ def read_centers(given: str | Sequence[Any] | Mapping[str, Any], modalities: Seq
         value = dict.fromkeys(modalities, value)
     missing = [name for name in modalities if name not in value]
     if missing:
-        raise InputError(f"centers hold nothing for {', '.join(missing)}: they have {', '.join(map(str, value))}")
+        raise InputError(f"centres hold nothing for {', '.join(missing)}: they have {', '.join(map(str, value))}")
     return _pack([[_vectors(name, row) for row in value[name]] for name in modalities])
 
 
-def center_digests(centers: Centers, modalities: Sequence[str]) -> dict[str, str]:
+def centre_digests(centres: Centres, modalities: Sequence[str]) -> dict[str, str]:
     """Return the SHA-256 of the centres of each modality."""
     return {
-        name: fingerprint({"centers": centers.vectors[place], "mask": centers.mask[place]})
+        name: fingerprint({"centres": centres.vectors[place], "mask": centres.mask[place]})
         for place, name in enumerate(modalities)
     }
 
@@ -109,33 +109,33 @@ def _read_file(path: str) -> Any:
             from safetensors.torch import load_file
 
             found = load_file(path)
-            return found.get("centers", found)
+            return found.get("centres", found)
     except (OSError, ValueError) as error:
-        raise InputError(f"centers: {Path(path).name} cannot be read: {error}") from error
-    raise InputError(f"centers must be a .npy or a .safetensors file, got {path!r}")
+        raise InputError(f"centres: {Path(path).name} cannot be read: {error}") from error
+    raise InputError(f"centres must be a .npy or a .safetensors file, got {path!r}")
 
 
 def _vectors(modality: str, row: Any) -> Tensor:
     try:
         vectors = torch.as_tensor(row, dtype=torch.float32)
     except (TypeError, ValueError) as error:
-        raise InputError(f"centers of {modality} must be vectors of one width, got {str(row)[:80]}") from error
+        raise InputError(f"centres of {modality} must be vectors of one width, got {str(row)[:80]}") from error
     vectors = vectors.unsqueeze(0) if vectors.ndim == 1 else vectors
     if vectors.ndim != 2 or not vectors.numel():
         raise InputError(
-            f"centers of {modality} must be one vector a class or a list of them, got shape {tuple(vectors.shape)}"
+            f"centres of {modality} must be one vector a class or a list of them, got shape {tuple(vectors.shape)}"
         )
     unit = unit_rows(vectors)
     if not bool(unit.isfinite().all()) or not bool(unit.any(1).all()):
-        raise InputError(f"centers of {modality} must be finite and not zero")
+        raise InputError(f"centres of {modality} must be finite and not zero")
     return unit
 
 
-def _pack(groups: Sequence[Sequence[Tensor]]) -> Centers:
+def _pack(groups: Sequence[Sequence[Tensor]]) -> Centres:
     counts, widths = {len(group) for group in groups}, {rows.shape[1] for group in groups for rows in group}
     if len(counts) != 1 or len(widths) != 1:
         raise InputError(
-            f"centers of all modalities must have the same classes and one width, got {sorted(counts)} classes and widths "
+            f"centres of all modalities must have the same classes and one width, got {sorted(counts)} classes and widths "
             f"{sorted(widths)}"
         )
     classes = counts.pop()
@@ -143,4 +143,4 @@ def _pack(groups: Sequence[Sequence[Tensor]]) -> Centers:
     vectors = pad_sequence(rows, batch_first=True)
     mask = torch.arange(vectors.shape[1]) < torch.tensor([len(found) for found in rows]).unsqueeze(1)
     shape = (len(groups), classes, vectors.shape[1])
-    return Centers(vectors.view(*shape, -1), mask.view(shape))
+    return Centres(vectors.view(*shape, -1), mask.view(shape))
