@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -225,3 +226,17 @@ def test_bad_run_leaves_the_stored_model(inside: Path, capsys: pytest.CaptureFix
     before = Path("runs/nd-digits/model.safetensors").read_bytes()
     refused([*FIT, "--model.num_classes", "7"], capsys)
     assert Path("runs/nd-digits/model.safetensors").read_bytes() == before
+
+
+def test_a_class_in_the_working_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with ``python -m``; behind all else on the path, so that a file called torch.py does no harm."""
+    (tmp_path / "users_own.py").write_text(
+        "import zoo\n\n\n@zoo.register(name='UsersOwn')\nclass Mine(zoo.Classifier):\n"
+        "    def __init__(self, width: int = 8):\n"
+        "        super().__init__('zoo/resnet8', 10, student_options={'in_chans': 1})\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
+    words = ["--model", "users_own.Mine", "--data", "DigitsDataModule", "--trainer.logger", "false", *SMALL]
+    assert main(["fit", *words, "--trainer.limit_train_batches", "1"]) == 0
+    assert sys.path[-1] == str(tmp_path)

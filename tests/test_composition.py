@@ -67,7 +67,7 @@ def reordered(order: Sequence[str], by: int) -> list[str]:
     return turned[by:] + turned[:by]
 
 
-_SAME, _HALF = {"teacher_width": 12, "epochs": 3}, {"precision": "bf16-mixed", "epochs": 3}
+_SAME, _HALF = {"teacher_width": 12, "epochs": 2}, {"precision": "bf16-mixed", "epochs": 2}
 _JOBS: dict[str, dict[str, Any]] = {
     "plain": {"order": []},
     "whole": {},

@@ -11,6 +11,7 @@ from importlib import util
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.doc_blocks import check_block, needs_hub, read_blocks, run_page, zoo_words
 from tests.hub_fixtures import run_python
@@ -36,6 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 def run(name: str, folder: Path, hub: HubServer, patch: pytest.MonkeyPatch) -> None:
     """Run a page with its commands; one that speaks to the Hub in a process that sees the Hub of the tests."""
+    Image.new("L", (8, 8), 128).save(folder / "photo.png")  # the reader's
     if not needs_hub(PAGES[name]):
         patch.chdir(folder)
         run_page(PAGES[name])

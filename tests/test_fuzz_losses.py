@@ -225,7 +225,13 @@ def _softrepa(draw: Drawer, name: str) -> Case:
         "first_row": first,
         "reduction": draw.choice("mean", "none"),
     }
-    return _case(draw, name, **given)
+    return _case(draw, name, _weighted_errors_overflow, **given)
+
+
+def _weighted_errors_overflow(arguments: dict[str, Any]) -> bool:
+    """The diagonal term is in the unit of the errors: 1e30 times 1e30 is beyond float32."""
+    largest = float(arguments["errors"].detach().abs().max()) if arguments["errors"].numel() else 0.0
+    return largest * arguments["diagonal_weight"] > 1e37
 
 
 @strategy("equal_captions")
@@ -281,7 +287,7 @@ def test_every_loss_is_here() -> None:
 
 @pytest.mark.parametrize("name", sorted(losses.__all__))
 def test_loss(name: str) -> None:
-    _fuzz(name, examples=45)
+    _fuzz(name, examples=36)
 
 
 @pytest.mark.thorough

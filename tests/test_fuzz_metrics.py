@@ -356,7 +356,7 @@ def test_every_metric_is_here() -> None:
 
 @pytest.mark.parametrize("name", sorted(metrics.__all__))
 def test_metric(name: str) -> None:
-    _fuzz(name, examples=40)
+    _fuzz(name, examples=30)
 
 
 @pytest.mark.thorough

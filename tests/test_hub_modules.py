@@ -288,3 +288,8 @@ def test_resume_continues_the_random_sequence_of_the_first_process_only(monkeypa
         monkeypatch.setattr(type(model), "global_rank", rank)
         model.on_train_start()
         assert torch.equal(torch.rand(3), expected if rank == 0 else other)
+
+
+def test_bad_name_of_the_deployable_network() -> None:
+    with pytest.raises(InputError, match=r"Mine.deployable must not be 'network'"):
+        type("Mine", (ZooModule,), {"deployable": "network"})

@@ -56,6 +56,12 @@ class ZooModule(pl.LightningModule):
     run_facts: dict[str, Any] | None = None
     run_figures: Mapping[str, bytes] = MappingProxyType({})
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Refuse a name that the class itself uses."""
+        super().__init_subclass__(**options)
+        if cls.deployable == "network":
+            raise InputError(f"{cls.__name__}.deployable must not be 'network', which ZooModule defines: name it otherwise")
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Record the arguments of the call; `__init__` sees them unchanged."""
         self = super().__new__(cls)

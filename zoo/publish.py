@@ -175,7 +175,7 @@ def _shown(names: tuple[Any, ...]) -> str:
     return shown.removeprefix(".")
 
 
-def push_folder(folder: Path, repo_id: str, **options: Any) -> transport.Push:
+def push_folder(folder: Path | str, repo_id: str, **options: Any) -> transport.Push:
     """Send the folder of a stored model to the Hub, in one commit.
 
     Args:
@@ -190,6 +190,7 @@ def push_folder(folder: Path, repo_id: str, **options: Any) -> transport.Push:
     Raises:
         InputError: nothing is stored there, it holds what should not be published, or the Hub refuses.
     """
+    folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder with a stored model")
     refuse_private(folder)

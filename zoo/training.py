@@ -48,6 +48,9 @@ def run(command: str, words: list[str]) -> None:
         InputError: an option, a name, a file or a value that cannot be used.
     """
     _import_names()
+    # Behind all else, so that a user's own module is found and hides nothing.
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
     words = _resolve_configs(words)
     warnings.filterwarnings("ignore", message=".*configure_optimizers` will be overridden by.*")
     # LightningCLI reads sys.argv for its own warning only; the words come from here.
@@ -180,7 +183,8 @@ class ZooCLI(LightningCLI):
         if getattr(self.trainer, "num_val_batches", None) and sum(self.trainer.num_val_batches):
             found |= self.trainer.validate(**silent)[0]
         if getattr(getattr(self.datamodule, "splits", None), "test", None) is not None:
-            found |= self.trainer.test(**silent)[0]
+            # Nothing at all with `limit_test_batches=0`.
+            found |= dict(*self.trainer.test(**silent)[:1])
         return run_facts.by_split(found)
 
     @rank_zero_only

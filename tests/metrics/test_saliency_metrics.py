@@ -356,3 +356,7 @@ def test_bad_objects_that_are_no_boxes() -> None:
         pointing_hits(maps, torch.zeros(2, 4, dtype=torch.complex64))
     with pytest.raises(InputError, match="one entry a map, got a single number"):
         pointing_hits(maps, torch.tensor(1.0))
+    with pytest.raises(InputError, match="maps must be maps"):
+        PointingGame().update(torch.tensor(1.0), torch.zeros(0, 4), torch.zeros(0).long())
+    with pytest.raises(InputError, match="images must be"):
+        InsertionDeletion().update(nn.Identity(), torch.tensor(1.0), maps)

@@ -203,7 +203,7 @@ class InsertionDeletion(RowsMetric):
         Raises:
             InputError: as for `insertion_deletion`.
         """
-        if len(images) == 0 == len(maps):
+        if images.shape[:1] == (0,) == maps.shape[:1]:
             return
         curves = insertion_deletion(
             model,

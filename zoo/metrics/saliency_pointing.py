@@ -132,6 +132,7 @@ class PointingGame(RowsMetric):
         Raises:
             InputError: as for `pointing_hits`, or labels that do not fit.
         """
+        require_maps("maps", maps)
         require_ids("labels", labels, len(maps))
         if self.num_classes is not None and len(labels) and int(labels.max()) >= self.num_classes:
             raise InputError(
