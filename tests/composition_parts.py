@@ -19,6 +19,7 @@ import torch
 import zoo.callbacks as ours
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor, nn
+from torch.multiprocessing import ProcessRaisedException
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
@@ -225,10 +226,14 @@ def run(
     try:
         path = f"{folder}/checkpoints/last.ckpt" if resume else None
         trainer.fit(module, Digits(processes), ckpt_path=path, weights_only=True)
-    except ConnectionAbortedError:
+    except (ConnectionAbortedError, ProcessRaisedException) as error:
+        if "interrupted" not in str(error):
+            raise
         interrupted = True
     torch.save(module.state_dict(), f"{folder}/weights.pt")
-    reports = [json.loads(Path(folder, f"report-{rank}.json").read_text()) for rank in range(processes if order else 0)]
+    # Where one process fails, the others are stopped wherever they are.
+    ranks = range(0 if not order else 1 if interrupted else processes)
+    reports = [json.loads(Path(folder, f"report-{rank}.json").read_text()) for rank in ranks]
     answer = {"interrupted": interrupted, "changed": list(_changes(before, module)), "reports": reports}
     if not order:
         answer |= {"drawn": module.drawn, "random": float(torch.rand(()))}

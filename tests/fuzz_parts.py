@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from zoo.errors import InputError
 
-__all__ = ["DTYPES", "Case", "Drawer", "check"]
+__all__ = ["DTYPES", "Case", "Drawer", "check", "fuzz"]
 
 T = TypeVar("T")
 
@@ -233,3 +234,14 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for part in value:
             yield from _tensors(part)
+
+
+def fuzz(strategy: Callable[[Drawer], Case], *, examples: int) -> None:
+    """Draw cases of a strategy, the same ones each time, and check each."""
+
+    @settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(st.data())
+    def run(data: st.DataObject) -> None:
+        check(strategy(Drawer(data.draw)))
+
+    run()

@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.fuzz_parts import Case, Drawer, check
+from tests.fuzz_parts import Case, Drawer, fuzz
 from zoo import losses
 
 Strategy = Callable[[Drawer], Case]
@@ -287,19 +285,10 @@ def test_every_loss_is_here() -> None:
 
 @pytest.mark.parametrize("name", sorted(losses.__all__))
 def test_loss(name: str) -> None:
-    _fuzz(name, examples=36)
+    fuzz(_STRATEGIES[name], examples=36)
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", sorted(losses.__all__))
 def test_loss_further(name: str) -> None:
-    _fuzz(name, examples=1500)
-
-
-def _fuzz(name: str, *, examples: int) -> None:
-    @settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-    @given(st.data())
-    def run(data: st.DataObject) -> None:
-        check(_STRATEGIES[name](Drawer(data.draw)))
-
-    run()
+    fuzz(_STRATEGIES[name], examples=1500)

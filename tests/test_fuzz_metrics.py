@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.fuzz_parts import Case, Drawer, check
+from tests.fuzz_parts import Case, Drawer, fuzz
 from zoo import metrics
 from zoo.interaction_graph import PairLists, pair_lists
 from zoo.metrics.embeddings import unit_rows
@@ -356,19 +354,10 @@ def test_every_metric_is_here() -> None:
 
 @pytest.mark.parametrize("name", sorted(metrics.__all__))
 def test_metric(name: str) -> None:
-    _fuzz(name, examples=30)
+    fuzz(_STRATEGIES[name], examples=30)
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", sorted(metrics.__all__))
 def test_metric_further(name: str) -> None:
-    _fuzz(name, examples=1500)
-
-
-def _fuzz(name: str, *, examples: int) -> None:
-    @settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-    @given(st.data())
-    def run(data: st.DataObject) -> None:
-        check(_STRATEGIES[name](Drawer(data.draw)))
-
-    run()
+    fuzz(_STRATEGIES[name], examples=1500)

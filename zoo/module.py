@@ -60,7 +60,9 @@ class ZooModule(pl.LightningModule):
         """Refuse a name that the class itself uses."""
         super().__init_subclass__(**options)
         if cls.deployable == "network":
-            raise InputError(f"{cls.__name__}.deployable must not be 'network', which ZooModule defines: name it otherwise")
+            raise InputError(
+                f"{cls.__name__}.deployable must not be 'network', which ZooModule defines: name it otherwise"
+            )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Record the arguments of the call; `__init__` sees them unchanged."""
