@@ -87,7 +87,8 @@ def data_of(name: str) -> Any:
 @pytest.mark.parametrize("name", COMPONENTS)
 def test_sheet(name: str) -> None:
     component = registry.describe(name)
-    assert {"title", "authors", "status", "task", "licence", "verified", "citation"} <= component.sheet.keys()
+    needed = {"title", "about", "authors", "status", "task", "licence", "verified", "against", "citation"}
+    assert needed <= component.sheet.keys()
     assert component.sheet["status"] in {"stable", "experimental", "reconstruction"}
     for section in ("## Deviations", "## Known limits"):
         assert section in component.text

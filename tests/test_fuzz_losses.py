@@ -194,10 +194,10 @@ def _spherical(draw: Drawer, name: str) -> Case:
     if kind != "number":
         t = draw.shares(*([rows] if kind == "rows" else [])).requires_grad_(draw.choice(True, False))
     if name == "slerp":
-        return _case(draw, name, a=draw.floats(rows, width), b=draw.floats(rows, width), weight=t)
+        return _case(draw, name, a=draw.floats(rows, width), b=draw.floats(rows, width), t=t)
     given = {
         "points": [draw.floats(rows, width) for _ in range(points)],
-        "weight": t,
+        "t": t,
         "mode": draw.choice("de_casteljau", "fold"),
         "present": draw.mask(rows, points) if draw.choice(False, True) else None,
     }

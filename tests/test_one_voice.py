@@ -75,7 +75,7 @@ def test_an_option_has_one_type(option: str) -> None:
 
 
 def test_options_are_british_words() -> None:
-    """One letter is for what has no other name: inputs x and y, points a and b, the k of a metric, the t of uniformity."""
+    """One letter is for what has no other name: inputs x and y, points a and b, the k of a metric, the papers' t."""
     american = re.compile(r"center|color|behavior|neighbor|iz(e|er|ing|ation)s?$")
     wrong = [
         place

@@ -173,9 +173,9 @@ def test_compile() -> None:
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        (([torch.ones(2, 3)], 1.5), {}, r"weight must be in 0 … 1, got 1\.5"),
-        (([torch.ones(2, 3)] * 2, torch.tensor([0.5, -1.0])), {}, r"weight must be in 0 … 1, found -1\.0"),
-        (([torch.ones(2, 3)] * 3, torch.ones(2, 2)), {}, r"weight must be floating point of shape \(\) or \(2,\), got"),
+        (([torch.ones(2, 3)], 1.5), {}, r"t must be in 0 … 1, got 1\.5"),
+        (([torch.ones(2, 3)] * 2, torch.tensor([0.5, -1.0])), {}, r"t must be in 0 … 1, found -1\.0"),
+        (([torch.ones(2, 3)] * 3, torch.ones(2, 2)), {}, r"t must be floating point of shape \(\) or \(2,\), got"),
         (([torch.ones(2, 3)] * 3, torch.ones(3, 2)), {"mode": "fold"}, r"or \(2,\) or \(2, 2\), got"),
         (([], 0.5), {}, "points must be one tensor"),
         (([torch.ones(2, 3), torch.ones(2, 4)], 0.5), {}, r"points\[1\] must have the shape of points\[0\]"),

@@ -42,13 +42,13 @@ _OPPOSITE = 1e-6
 _TINY = 1e-12
 
 
-def slerp(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
+def slerp(a: Tensor, b: Tensor, t: float | Tensor) -> Tensor:
     """Point of the arc between the directions of two vectors.
 
-    Lengths do not matter. The gradient flows to `a`, `b` and `weight`.
+    Lengths do not matter. The gradient flows to `a`, `b` and `t`.
 
     Defined cases: equal directions stay put; for opposite ones (unit vectors whose sum is shorter than 1e-6), between
-    which there is no one arc, it is the direction of `a` for a `weight` of at least 1/2 and that of `b` below; a vector
+    which there is no one arc, it is the direction of `a` for `t` of at least 1/2 and that of `b` below; a vector
     shorter than 1e-6 has no direction, and the result is that of the other one, or zeros for two of them. NaN gives NaN.
 
     Source: equation of the fusion in section 1.4 of the project's notes on CM3; the form is ours.
@@ -56,7 +56,7 @@ def slerp(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
     Args:
         a: vectors (N, d).
         b: vectors (N, d).
-        weight: that of `a` in 0 … 1: one for all rows, or (N,).
+        t: weight of `a` in 0 … 1: one for all rows, or (N,).
 
     Returns:
         Unit vectors (N, d) in float32, in float64 if `a` is.
@@ -74,13 +74,13 @@ def slerp(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
     require_same_layout("b", b, "a", a)
     with torch.autocast(a.device.type, enabled=False):
         dtype = working_dtype(a)
-        (weight,) = _weights(weight, a, steps=1)
+        (weight,) = _weights(t, a, steps=1)
         return _arc(unit_rows(a.to(dtype)), unit_rows(b.to(dtype)), weight)
 
 
 def spherical_bezier(
     points: Sequence[Tensor] | Tensor,
-    weight: float | Tensor,
+    t: float | Tensor,
     *,
     mode: BezierMode = "de_casteljau",
     present: Tensor | None = None,
@@ -94,7 +94,7 @@ def spherical_bezier(
 
     Args:
         points: one tensor (N, d) a modality, at least one; or (M, N, d).
-        weight: that of the first of each pair of points, in 0 … 1: one for all, or (N,), or, with `"fold"` alone,
+        t: weight in 0 … 1 of the first of each pair of points: one for all, or (N,), or, with `"fold"` alone,
             (M - 1, N), the weight of what was joined so far at each step (a row that lacks modalities uses the first
             ones).
         mode: `"de_casteljau"` or `"fold"`, see the module's docstring; the same for two modalities.
@@ -117,7 +117,7 @@ def spherical_bezier(
     with torch.autocast(points[0].device.type, enabled=False):
         dtype = working_dtype(points[0])
         fold = mode == "fold"
-        weights = _weights(weight, points[0], steps=steps) if fold else _weights(weight, points[0], steps=1) * steps
+        weights = _weights(t, points[0], steps=steps) if fold else _weights(t, points[0], steps=1) * steps
         units = [unit_rows(point.to(dtype)) for point in points]
         count = None
         if present is not None:
@@ -154,30 +154,30 @@ def _first_come_those_present(units: list[Tensor], present: Tensor) -> list[Tens
     return list(stacked.gather(1, order.unsqueeze(2).expand_as(stacked)).unbind(1))
 
 
-def _weights(weight: float | Tensor, points: Tensor, *, steps: int) -> list[Tensor]:
+def _weights(t: float | Tensor, points: Tensor, *, steps: int) -> list[Tensor]:
     """One weight () or (N, 1) for each step."""
     rows = points.shape[0]
     dtype = working_dtype(points)
-    if not isinstance(weight, Tensor):
-        if not 0 <= weight <= 1:
-            raise InputError(f"weight must be in 0 … 1, got {weight}")
-        return [torch.full((), weight, dtype=dtype, device=points.device)] * steps
+    if not isinstance(t, Tensor):
+        if not 0 <= t <= 1:
+            raise InputError(f"t must be in 0 … 1, got {t}")
+        return [torch.full((), t, dtype=dtype, device=points.device)] * steps
     shapes = [(), (rows,)] + ([(steps, rows)] if steps > 1 else [])
-    if tuple(weight.shape) not in shapes or not weight.is_floating_point():
+    if tuple(t.shape) not in shapes or not t.is_floating_point():
         raise InputError(
-            f"weight must be floating point of shape {' or '.join(map(str, shapes))}, got {weight.dtype} of "
-            f"shape {tuple(weight.shape)}"
+            f"t must be floating point of shape {' or '.join(map(str, shapes))}, got {t.dtype} of "
+            f"shape {tuple(t.shape)}"
         )
-    if weight.device != points.device:
-        raise InputError(f"weight must be on the device of the points, got {weight.device} and {points.device}")
-    if weight.device.type == "cpu" and weight.numel() and not torch.compiler.is_compiling():
-        lowest, highest = (float(bound) for bound in torch.aminmax(weight.detach()))
+    if t.device != points.device:
+        raise InputError(f"t must be on the device of the points, got {t.device} and {points.device}")
+    if t.device.type == "cpu" and t.numel() and not torch.compiler.is_compiling():
+        lowest, highest = (float(bound) for bound in torch.aminmax(t.detach()))
         if lowest < 0 or highest > 1:
-            raise InputError(f"weight must be in 0 … 1, found {lowest if lowest < 0 else highest}")
-    weight = weight.to(dtype)
-    if weight.ndim == 2:
-        return list(weight.unsqueeze(2).unbind())
-    return [weight if weight.ndim == 0 else weight.unsqueeze(1)] * steps
+            raise InputError(f"t must be in 0 … 1, found {lowest if lowest < 0 else highest}")
+    t = t.to(dtype)
+    if t.ndim == 2:
+        return list(t.unsqueeze(2).unbind())
+    return [t if t.ndim == 0 else t.unsqueeze(1)] * steps
 
 
 def _check(points: list[Tensor], mode: str, present: Tensor | None) -> None:
