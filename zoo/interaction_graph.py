@@ -158,10 +158,11 @@ def require_lists(name: str, lists: PairLists, *, rows: int, columns: int) -> No
             f"{name} must have one list for each of the {rows} rows, got {len(lists.offsets) - 1}; "
             "pick theirs with .select(row_numbers)"
         )
-    if int(lists.offsets[-1]) != len(lists.columns) or bool((lists.lengths() < 0).any()):
+    first, last = int(lists.offsets[0]), int(lists.offsets[-1])
+    if first != 0 or last != len(lists.columns) or bool((lists.lengths() < 0).any()):
         raise InputError(
-            f"{name} must be lists as pair_lists makes them: offsets that rise to the number of columns, "
-            f"{len(lists.columns)}, got {int(lists.offsets[-1])} as the last"
+            f"{name} must be lists as pair_lists makes them: offsets that rise from 0 to the number of columns, "
+            f"{len(lists.columns)}, got {first} … {last}"
         )
     if len(lists.columns):
         lowest, highest = (int(bound) for bound in torch.aminmax(lists.columns))

@@ -231,10 +231,12 @@ class InteractionModel(ZooModule):
         assert self.num_users is not None
         assert self.num_items is not None
         lists = PairLists(offsets.long(), items.long())
-        require_lists("seen_items", lists, rows=self.num_users, columns=self.num_items)
-        ends = int(offsets[0]) == 0 and int(offsets[-1]) == len(items) and bool((offsets.diff() >= 0).all())
-        if not ends or (len(items) and int(items.min()) < 0):
-            raise InputError("the stored interactions are not whole: store or pull the model anew")
+        try:
+            require_lists("seen_items", lists, rows=self.num_users, columns=self.num_items)
+        except InputError as error:
+            raise InputError(
+                f"the stored interactions are not whole: store or pull the model anew ({error})"
+            ) from error
         return lists
 
     def graph(self) -> PairLists:

@@ -128,9 +128,19 @@ def test_test_may_leave_out_the_items_of_validation(trained: tuple[CM3, Path]) -
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("seen_items", torch.tensor([99], dtype=torch.int32), "must hold numbers in 0 … 4"),
-        ("seen_items", torch.tensor([-1, 0, 1, 2, 3], dtype=torch.int32), "interactions are not whole"),
-        ("seen_offsets", torch.tensor([0, 2, 1, 5]), "interactions are not whole"),
+        (
+            "seen_items",
+            torch.tensor([99], dtype=torch.int32),
+            "are not whole.*rise from 0 to the number of columns, 1, got 0 … 5",
+        ),
+        (
+            "seen_items",
+            torch.tensor([99] * 5, dtype=torch.int32),
+            "are not whole.*must hold numbers in 0 … 4, found 99",
+        ),
+        ("seen_items", torch.tensor([-1, 0, 1, 2, 3], dtype=torch.int32), "interactions are not whole.*found -1"),
+        ("seen_offsets", torch.tensor([0, 2, 1, 5]), "interactions are not whole.*rise from 0"),
+        ("seen_offsets", torch.tensor([1, 2, 3, 5]), "interactions are not whole.*got 1 … 5"),
         ("neighbour_items", torch.full((5, 2, 2), 5, dtype=torch.int32), "graph of items is not whole"),
         ("item_parts", torch.zeros(4, 6), "no parts of items of shape"),
         ("user_id_bytes", torch.tensor([91], dtype=torch.uint8), "stored ids of the users cannot be read"),
