@@ -235,7 +235,7 @@ def test_bad_values(hits: Tensor, held_out: Tensor, ks: list[int], match: str) -
     [
         (PairLists(torch.tensor([0.0, 1.0]), torch.tensor([0])), "got offsets in torch.float32"),
         (PairLists(torch.tensor([0, 1]), torch.tensor([[0]])), "got columns in torch.int64 of shape"),
-        (PairLists(torch.tensor([0, 2]), torch.tensor([0])), "offsets that rise from 0 to the number of columns, 1, got 0 … 2"),
+        (PairLists(torch.tensor([0, 2]), torch.tensor([0])), "offsets that rise from 0 to .*, 1, got 0 … 2"),
         (PairLists(torch.tensor([0, 1]), torch.tensor([-1])), r"numbers in 0 … 2, found -1"),
     ],
 )
