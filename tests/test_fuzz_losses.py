@@ -88,8 +88,11 @@ def _quotients_overflow(arguments: dict[str, Any]) -> bool:
     sides = [arguments[name].detach().abs() for name in ("student_logits", "teacher_logits")]
     largest = max((float(x.max()) for x in sides if x.numel()), default=0.0)
     single = arguments["student_logits"].dtype != torch.float64
-    # Differences of two of them, and T^2 times the result.
-    return single and max(largest / arguments["temperature"], largest * arguments["temperature"]) > 1e37
+    # Differences of two of them, and T^2 and the weights of the terms times the result.
+    weights = [arguments[name] for name in ("alpha", "beta", "gamma") if name in arguments]
+    factor = max([1.0, *(abs(weight) for weight in weights if isinstance(weight, int | float))])
+    temperature = arguments["temperature"]
+    return single and max(largest / temperature, largest * temperature * factor, factor) > 1e28
 
 
 @strategy("review_kd_loss")
