@@ -92,7 +92,7 @@ def _quotients_overflow(arguments: dict[str, Any]) -> bool:
     weights = [arguments[name] for name in ("alpha", "beta", "gamma") if name in arguments]
     factor = max([1.0, *(abs(weight) for weight in weights if isinstance(weight, int | float))])
     temperature = arguments["temperature"]
-    return single and max(largest / temperature, largest * temperature * factor, factor) > 1e28
+    return single and (max(largest / temperature, largest * temperature) > 1e37 or factor > 1e28)
 
 
 @strategy("review_kd_loss")
