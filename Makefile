@@ -47,7 +47,7 @@ bench: setup
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/nd.py
 	$(BIN)/python benchmarks/distillation.py --batch 128 --rounds 3 --steps 4
-	$(BIN)/python benchmarks/contrastive.py --rounds 1 --largest 16384
+	$(BIN)/python benchmarks/contrastive.py --rounds 1 --sizes 4096 8192 --largest 8192
 	$(BIN)/python benchmarks/structure.py --rounds 1
 	$(BIN)/python benchmarks/saliency.py --batch 4
 	$(BIN)/python benchmarks/attacks.py --batch 32 --side 32
