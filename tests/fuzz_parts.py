@@ -18,7 +18,7 @@ from torch import Tensor
 
 from zoo.errors import InputError
 
-__all__ = ["DTYPES", "Case", "Drawer", "check", "fuzz"]
+__all__ = ["DTYPES", "Case", "Drawer", "Strategies", "check", "fuzz"]
 
 T = TypeVar("T")
 
@@ -234,6 +234,20 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for part in value:
             yield from _tensors(part)
+
+
+class Strategies(dict[str, Callable[[Drawer], Case]]):
+    """What draws the cases of each name."""
+
+    def of(self, *names: str) -> Callable[[Callable[[Drawer, str], Case]], Callable[[Drawer, str], Case]]:
+        """Register what draws the cases of some names."""
+
+        def register(make: Callable[[Drawer, str], Case]) -> Callable[[Drawer, str], Case]:
+            for name in names:
+                self[name] = lambda draw, name=name: make(draw, name)  # type: ignore[misc]
+            return make
+
+        return register
 
 
 def fuzz(strategy: Callable[[Drawer], Case], *, examples: int) -> None:

@@ -56,15 +56,19 @@ def sheet(name: str = "NDDistillation") -> registry.Component:
 def changed(path: str, value: Any) -> dict[str, Any]:
     """The configuration with one part replaced, or removed where the value is ``...``."""
     config: dict[str, Any] = json.loads(json.dumps(CONFIG))
-    *parents, last = path.split(".")
-    target = config
-    for key in parents:
-        target = target[key]
-    if value is ...:
-        del target[last]
-    else:
-        target[last] = value
+    replace(config, path, value)
     return config
+
+
+def replace(config: dict[str, Any], path: str, value: Any) -> None:
+    """Replace one part of a configuration in place, or remove it where the value is ``...``."""
+    *parents, last = path.split(".")
+    for key in parents:
+        config = config[key]
+    if value is ...:
+        del config[last]
+    else:
+        config[last] = value
 
 
 def card_of(config: dict[str, Any] = CONFIG, **options: Any) -> str:

@@ -16,7 +16,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from tests.model_cards import RECIPE, changed
+from tests.model_cards import RECIPE, changed, replace
 from zoo import publish, report
 
 __all__ = ["HISTORY", "TAGS", "Element", "Page", "browse", "find_browser", "hostile", "page_of", "png", "store"]
@@ -54,14 +54,7 @@ def store(
     """A stored model as `zoo fit` leaves it, but for the weights; ``changes`` as `tests.model_cards.changed` takes them."""
     config = changed("run.history", HISTORY)
     for path, value in (changes or {}).items():
-        *parents, last = path.split(".")
-        target = config
-        for key in parents:
-            target = target[key]
-        if value is ...:
-            del target[last]
-        else:
-            target[last] = value
+        replace(config, path, value)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config if drawn else {**config, "run": None}))
     (folder / "model.safetensors").write_bytes(b"weights")

@@ -117,3 +117,13 @@ def test_pyplot_is_not_imported(tmp_path: Path) -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_no_label_is_cut(tmp_path: Path) -> None:
+    """The margins are given: the widest numbers stay inside of them."""
+    wide = [-0.0075, 123456.0, -9.99e-7, 1e90]
+    history = {f"val/m{i}": [[0, value], [99999, -0.37 * value]] for i, value in enumerate(wide)}
+    write_figures(history, tmp_path)
+    picture = pixels(tmp_path / METRICS)
+    for border in (picture[:3], picture[-3:], picture[:, :3], picture[:, -3:]):
+        assert (border == border.max()).all()

@@ -9,22 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.fuzz_parts import Case, Drawer, fuzz
+from tests.fuzz_parts import Case, Drawer, Strategies, fuzz
 from zoo import losses
 
-Strategy = Callable[[Drawer], Case]
-_STRATEGIES: dict[str, Strategy] = {}
-
-
-def strategy(*names: str) -> Callable[[Callable[[Drawer, str], Case]], Callable[[Drawer, str], Case]]:
-    """Register what draws the cases of some losses."""
-
-    def register(make: Callable[[Drawer, str], Case]) -> Callable[[Drawer, str], Case]:
-        for name in names:
-            _STRATEGIES[name] = lambda draw, name=name: make(draw, name)  # type: ignore[misc]
-        return make
-
-    return register
+_STRATEGIES = Strategies()
 
 
 def _case(draw: Drawer, name: str, undefined: Callable[[dict[str, Any]], bool] | None = None, **given: Any) -> Case:
@@ -53,7 +41,7 @@ def _scale(draw: Drawer) -> float | Tensor:
     return torch.full([1] if kind == "vector" else [], number, requires_grad=kind == "learned")
 
 
-@strategy("nd_loss", "nd_statistics")
+@_STRATEGIES.of("nd_loss", "nd_statistics")
 def _nd(draw: Drawer, name: str) -> Case:
     rows, width, classes = draw.rows(), draw.width(), draw.choice(3, 1, 0)
     soft = draw.choice(False, True)
@@ -68,7 +56,7 @@ def _nd(draw: Drawer, name: str) -> Case:
     return _case(draw, name, **given)
 
 
-@strategy("kd_loss", "dist_loss", "dkd_loss")
+@_STRATEGIES.of("kd_loss", "dist_loss", "dkd_loss")
 def _logits(draw: Drawer, name: str) -> Case:
     rows, classes = draw.rows(), draw.width()
     given: dict[str, Any] = {
@@ -95,7 +83,7 @@ def _quotients_overflow(arguments: dict[str, Any]) -> bool:
     return single and (max(largest / temperature, largest * temperature) > 1e37 or factor > 1e28)
 
 
-@strategy("review_kd_loss")
+@_STRATEGIES.of("review_kd_loss")
 def _review(draw: Drawer, name: str) -> Case:
     shapes = [draw.choice((2, 3), (2, 3, 4, 4), (1, 2, 5, 3), (0, 2, 4, 4), (2, 0, 4, 4), (1, 1, 1, 1), (2, 1, 0, 3))]
     shapes *= draw.choice(1, 2)
@@ -114,7 +102,7 @@ def _squares_overflow(arguments: dict[str, Any]) -> bool:
     return bool(sides) and largest > 1e18 and sides[0].dtype != torch.float64
 
 
-@strategy("info_nce", "clip_loss", "siglip_loss")
+@_STRATEGIES.of("info_nce", "clip_loss", "siglip_loss")
 def _contrastive(draw: Drawer, name: str) -> Case:
     rows, width = draw.rows(), draw.width()
     first, second = ("queries", "keys") if name == "info_nce" else ("x", "y")
@@ -130,7 +118,7 @@ def _contrastive(draw: Drawer, name: str) -> Case:
     return _case(draw, name, lambda arguments: _scores_overflow(arguments, first, second), **given)
 
 
-@strategy("cwcl_loss", "cwcl_statistics")
+@_STRATEGIES.of("cwcl_loss", "cwcl_statistics")
 def _cwcl(draw: Drawer, name: str) -> Case:
     rows, width = draw.rows(), draw.width()
     given: dict[str, Any] = {
@@ -151,7 +139,7 @@ def _cwcl(draw: Drawer, name: str) -> Case:
     return _case(draw, name, **given)
 
 
-@strategy("structure_loss", "structure_statistics")
+@_STRATEGIES.of("structure_loss", "structure_statistics")
 def _structure(draw: Drawer, name: str) -> Case:
     rows = draw.rows()
     given: dict[str, Any] = {
@@ -172,7 +160,7 @@ def _structure(draw: Drawer, name: str) -> Case:
     return _case(draw, name, **given)
 
 
-@strategy("alignment_loss", "uniformity_loss", "calibrated_uniformity_loss", "calibration_statistics")
+@_STRATEGIES.of("alignment_loss", "uniformity_loss", "calibrated_uniformity_loss", "calibration_statistics")
 def _uniformity(draw: Drawer, name: str) -> Case:
     rows, width = draw.rows(), draw.width()
     given: dict[str, Any] = {"gather": draw.choice(False, True)}
@@ -189,7 +177,7 @@ def _uniformity(draw: Drawer, name: str) -> Case:
     return _case(draw, name, **given)
 
 
-@strategy("slerp", "spherical_bezier")
+@_STRATEGIES.of("slerp", "spherical_bezier")
 def _spherical(draw: Drawer, name: str) -> Case:
     rows, width, points = draw.rows(), draw.width(), draw.choice(2, 1, 3, 4)
     t: Any = draw.choice(0.5, 0.0, 1.0)
@@ -207,7 +195,7 @@ def _spherical(draw: Drawer, name: str) -> Case:
     return _case(draw, name, **given)
 
 
-@strategy("softrepa_loss", "softrepa_gradient")
+@_STRATEGIES.of("softrepa_loss", "softrepa_gradient")
 def _softrepa(draw: Drawer, name: str) -> Case:
     rows = draw.rows()
     first, behind = draw.choice(0, 1), draw.choice(0, 2)
@@ -235,7 +223,7 @@ def _weighted_errors_overflow(arguments: dict[str, Any]) -> bool:
     return largest * arguments["diagonal_weight"] > 1e37
 
 
-@strategy("equal_captions")
+@_STRATEGIES.of("equal_captions")
 def _captions(draw: Drawer, name: str) -> Case:
     rows = draw.rows()
     if draw.choice(True, False):
@@ -243,7 +231,7 @@ def _captions(draw: Drawer, name: str) -> Case:
     return _case(draw, name, texts=draw.labels(rows, 3))
 
 
-@strategy("pooled_similarities", "centre_cross_entropy", "centre_divergence", "calibration_consistency")
+@_STRATEGIES.of("pooled_similarities", "centre_cross_entropy", "centre_divergence", "calibration_consistency")
 def _centres(draw: Drawer, name: str) -> Case:
     rows, width, classes, count = draw.rows(), draw.width(), draw.choice(3, 1, 0), draw.choice(None, 1, 4)
     features = {
@@ -267,7 +255,7 @@ def _centres(draw: Drawer, name: str) -> Case:
     return _case(draw, name, **given)
 
 
-@strategy("clean_adversarial_l2", "clean_adversarial_info_nce")
+@_STRATEGIES.of("clean_adversarial_l2", "clean_adversarial_info_nce")
 def _clean_adversarial(draw: Drawer, name: str) -> Case:
     rows, width = draw.rows(), draw.width()
     given: dict[str, Any] = {"attacked": draw.floats(rows, width), "clean": draw.floats(rows, width)}

@@ -9,27 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.fuzz_parts import Case, Drawer, fuzz
+from tests.fuzz_parts import Case, Drawer, Strategies, fuzz
 from zoo import metrics
 from zoo.interaction_graph import PairLists, pair_lists
 from zoo.metrics.embeddings import unit_rows
 
-Strategy = Callable[[Drawer], Case]
-_STRATEGIES: dict[str, Strategy] = {}
+_STRATEGIES = Strategies()
 
 # A metric that has seen nothing says so in this way.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``compute`` method of metric .* was called before:UserWarning")
-
-
-def strategy(*names: str) -> Callable[[Callable[[Drawer, str], Case]], Callable[[Drawer, str], Case]]:
-    """Register what draws the cases of some metrics."""
-
-    def register(make: Callable[[Drawer, str], Case]) -> Callable[[Drawer, str], Case]:
-        for name in names:
-            _STRATEGIES[name] = lambda draw, name=name: make(draw, name)  # type: ignore[misc]
-        return make
-
-    return register
 
 
 def _function(draw: Drawer, name: str, **given: Any) -> Case:
@@ -60,7 +48,9 @@ def _metric(
     )
 
 
-@strategy("CKA", "cka_table", "mutual_knn_table", "MutualKNN", "Trustworthiness", "Continuity", "StructureTransfer")
+@_STRATEGIES.of(
+    "CKA", "cka_table", "mutual_knn_table", "MutualKNN", "Trustworthiness", "Continuity", "StructureTransfer"
+)
 def _two_sides(draw: Drawer, name: str) -> Case:
     rows = draw.choice(6, 3, 1, 0, 12)
     first, second = draw.floats(rows, draw.width()), draw.floats(rows, draw.width())
@@ -100,7 +90,7 @@ def _different(arguments: dict[str, Any]) -> int:
     return len(torch.unique(torch.cat([unit_rows(side).float() for side in sides], 1), dim=0))
 
 
-@strategy("cosine_structure_correlation")
+@_STRATEGIES.of("cosine_structure_correlation")
 def _correlation(draw: Drawer, name: str) -> Case:
     rows = draw.choice(6, 3, 1, 0)
     case = _function(draw, name, embeddings=draw.floats(rows, draw.width()), reference=draw.floats(rows, draw.width()))
@@ -108,7 +98,7 @@ def _correlation(draw: Drawer, name: str) -> Case:
     return case
 
 
-@strategy("mutual_knn")
+@_STRATEGIES.of("mutual_knn")
 def _shared(draw: Drawer, name: str) -> Case:
     rows, k = draw.rows(), draw.choice(2, 1, 0)
     sides = {side: torch.stack([torch.randperm(9)[:k] for _ in range(rows)]) if rows else torch.zeros(0, k).long()
@@ -118,14 +108,14 @@ def _shared(draw: Drawer, name: str) -> Case:
     return case
 
 
-@strategy("neighbour_count")
+@_STRATEGIES.of("neighbour_count")
 def _count(draw: Drawer, name: str) -> Case:
     k = draw.choice(1, "rice", "sqrt", "sturges", 10**9)
     arguments, spoiled = draw.arguments(k=k, samples=draw.choice(5, 0, 1, 2**40))
     return Case(lambda **given: torch.tensor(metrics.neighbour_count(**given)), arguments, spoiled=spoiled)
 
 
-@strategy("nearest_neighbours")
+@_STRATEGIES.of("nearest_neighbours")
 def _neighbours(draw: Drawer, name: str) -> Case:
     rows = draw.rows()
     return _function(
@@ -133,7 +123,7 @@ def _neighbours(draw: Drawer, name: str) -> Case:
     )
 
 
-@strategy("ClassMeans")
+@_STRATEGIES.of("ClassMeans")
 def _means(draw: Drawer, name: str) -> Case:
     classes, width, rows = draw.choice(3, 1), draw.choice(4, 1), draw.rows()
     options = {"num_classes": classes, "dim": width}
@@ -147,7 +137,7 @@ def _lists(draw: Drawer, rows: int, columns: int) -> PairLists:
     return pair_lists(users, items, num_rows=rows, num_columns=columns)
 
 
-@strategy("FullRanking", "topk_items")
+@_STRATEGIES.of("FullRanking", "topk_items")
 def _ranking(draw: Drawer, name: str) -> Case:
     users, items, width = draw.rows(), draw.rows(), draw.width()
     of_users, of_items = draw.floats(users, width), draw.floats(items, width)
@@ -176,7 +166,7 @@ def _ranking(draw: Drawer, name: str) -> Case:
     return case
 
 
-@strategy("ranking_values")
+@_STRATEGIES.of("ranking_values")
 def _values(draw: Drawer, name: str) -> Case:
     rows = draw.rows()
     hits = draw.mask(rows, draw.width())
@@ -184,7 +174,7 @@ def _values(draw: Drawer, name: str) -> Case:
     return _function(draw, name, hits=hits, held_out=held_out, ks=[1, 3, 20])
 
 
-@strategy("RetrievalRecall")
+@_STRATEGIES.of("RetrievalRecall")
 def _recall(draw: Drawer, name: str) -> Case:
     images, width = draw.rows(), draw.width()
     numbered, further = draw.choice("no", "images", "both"), draw.choice(0, 2)
@@ -208,7 +198,7 @@ def _ids_meet(arguments: dict[str, Any]) -> bool:
     return bool(torch.isin(arguments["text_image_ids"], arguments["image_ids"]).any())
 
 
-@strategy("RobustAccuracy")
+@_STRATEGIES.of("RobustAccuracy")
 def _robust(draw: Drawer, name: str) -> Case:
     rows = draw.rows()
     verdicts = {"clean": draw.mask(rows), "attacked": draw.mask(draw.choice(2, 0), rows)}
@@ -226,7 +216,7 @@ class _Network(nn.Module):
         return torch.stack([images.mean((1, 2, 3)), images.amax((1, 2, 3)), images.flatten(1)[:, 0]], 1)
 
 
-@strategy("insertion_deletion", "InsertionDeletion")
+@_STRATEGIES.of("insertion_deletion", "InsertionDeletion")
 def _curves(draw: Drawer, name: str) -> Case:
     rows, side = draw.rows(), draw.choice((3, 4), (1, 1), (2, 1))
     baseline = ("blur", "zero", "mean")
@@ -250,7 +240,7 @@ def _curves(draw: Drawer, name: str) -> Case:
     return _function(draw, name, **given, **options)
 
 
-@strategy("SaliencyCurves")
+@_STRATEGIES.of("SaliencyCurves")
 def _areas(draw: Drawer, name: str) -> Case:
     rows, steps = draw.rows(), draw.choice(4, 1)
     shares = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
@@ -263,7 +253,7 @@ def _areas(draw: Drawer, name: str) -> Case:
     return Case(areas, {"insertion": scores[0], "deletion": scores[1]})
 
 
-@strategy("pointing_hits", "PointingGame")
+@_STRATEGIES.of("pointing_hits", "PointingGame")
 def _pointing(draw: Drawer, name: str) -> Case:
     rows, height, width = draw.rows(), draw.choice(4, 1), draw.choice(5, 1)
     corner = draw.shares(rows, 2, highest=3.0, dtype=torch.float32)
@@ -285,7 +275,7 @@ def _pointing(draw: Drawer, name: str) -> Case:
     )  # fmt: skip
 
 
-@strategy("ClassSensitivity", "spearman")
+@_STRATEGIES.of("ClassSensitivity", "spearman")
 def _ranks(draw: Drawer, name: str) -> Case:
     rows, height, width = draw.rows(), draw.choice(3, 1), draw.choice(4, 1)
     maps = draw.floats(rows, 1, height, width), draw.floats(rows, 1, height, width)
@@ -306,7 +296,7 @@ def _constant(maps: Tensor) -> Tensor:
     return (rows.amax(1) - rows.amin(1)) <= 1e-4 * rows.abs().amax(1)
 
 
-@strategy("ZeroShotAccuracy")
+@_STRATEGIES.of("ZeroShotAccuracy")
 def _zero_shot(draw: Drawer, name: str) -> Case:
     rows, width, classes = draw.rows(), draw.choice(4, 1), draw.choice(3, 1)
     options = {
@@ -320,7 +310,7 @@ def _zero_shot(draw: Drawer, name: str) -> Case:
     )  # fmt: skip
 
 
-@strategy("class_embeddings")
+@_STRATEGIES.of("class_embeddings")
 def _prompts(draw: Drawer, name: str) -> Case:
     counts = draw.choice((2, 1), (1,), (), (1, 0))
     width = draw.width()
@@ -334,7 +324,7 @@ def _prompts(draw: Drawer, name: str) -> Case:
     return Case(metrics.class_embeddings, {"encode": given["encode"], **arguments}, spoiled=spoiled)
 
 
-@strategy("class_prompts")
+@_STRATEGIES.of("class_prompts")
 def _templates(draw: Drawer, name: str) -> Case:
     given = {
         "class_names": draw.choice(["cat", "{}"], [], [""]),
