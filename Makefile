@@ -44,15 +44,15 @@ test-thorough: setup
 
 bench: setup
 	$(BIN)/python benchmarks/machine.py
-	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/startup.py --rounds 3
 	$(BIN)/python benchmarks/nd.py
 	$(BIN)/python benchmarks/distillation.py --batch 128 --rounds 3 --steps 4
-	$(BIN)/python benchmarks/contrastive.py --rounds 1 --sizes 4096 8192 --largest 8192
-	$(BIN)/python benchmarks/structure.py --rounds 1
+	$(BIN)/python benchmarks/contrastive.py --rounds 1 --sizes 4096 --largest 8192
+	$(BIN)/python benchmarks/structure.py --rounds 1 --large 16384
 	$(BIN)/python benchmarks/saliency.py --batch 4
 	$(BIN)/python benchmarks/attacks.py --batch 32 --side 32
-	$(BIN)/python benchmarks/recommender.py
-	$(BIN)/python benchmarks/softrepa.py
+	$(BIN)/python benchmarks/recommender.py --rounds 1
+	$(BIN)/python benchmarks/softrepa.py --rounds 1
 	$(BIN)/python benchmarks/hub.py
 
 bench-gpu: setup

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from zoo import towers
 from zoo.class_means import compute_class_means
 from zoo.errors import InputError, require_choice
+from zoo.labelled_batch import labelled_batch
 from zoo.layer_outputs import example_batch, layer_output
 from zoo.losses import nd_loss, nd_statistics
 from zoo.projector import Projector
@@ -291,18 +292,7 @@ class NDRegularizer(AuxiliaryLoss):
 
     def _split(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Return inputs and targets of a batch."""
-        pair = isinstance(batch, list | tuple) and len(batch) >= 2
-        if not pair and (self.batch_to_input is None or self.batch_to_target is None):
-            raise InputError(
-                f"a batch must be a tuple (x, y, …), got {type(batch).__name__}: give batch_to_input=… and "
-                "batch_to_target=…, functions of a batch"
-            )
-        x = batch[0] if self.batch_to_input is None else self.batch_to_input(batch)
-        targets = batch[1] if self.batch_to_target is None else self.batch_to_target(batch)
-        for name, value in (("inputs", x), ("targets", targets)):
-            if not isinstance(value, Tensor):
-                raise InputError(f"the {name} of a batch must be a tensor, got {type(value).__name__}")
-        return x, targets
+        return labelled_batch(batch, self.batch_to_input, self.batch_to_target)
 
     def _teacher_features(self, x: Tensor) -> Tensor:
         assert self._tower is not None

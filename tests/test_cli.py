@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,24 @@ def test_required_model_is_trained_first(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "runs/nd-digits-teacher/config.json").is_file()
     assert (tmp_path / "runs/nd-digits/config.json").is_file()
+
+
+def test_required_model_that_no_option_names_is_not_trained(
+    inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    started: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        started.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    words = ["fit", "--config", "nd-digits", *SMALL, "--model.teacher"]
+    assert main([*words, str(inside / "runs/nd-digits-teacher")]) == 0
+    assert not started
+    assert main([*words, "./runs/x/../nd-digits-teacher"]) == 2  # `run` has made none
+    assert [command[5] for command in started] == ["nd-digits-teacher"]
 
 
 def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from zoo import towers
+from zoo import encoder, towers
 from zoo.errors import InputError
 
 open_clip = pytest.importorskip("open_clip")
@@ -85,3 +85,24 @@ def test_bad_embeddings() -> None:
         _ = towers.create(Encoder(), embedding=True).tokenizer
     with pytest.raises(InputError, match="returns embeddings"):
         towers.create(Encoder(), embedding=True, num_classes=4)
+
+
+@pytest.mark.parametrize("length", [16, 78])
+def test_bad_text_length(length: int) -> None:
+    with torch.device("meta"):
+        clip = towers.create("open_clip/ViT-B-32", embedding=True, modality="text")
+        texts = torch.zeros(2, length, dtype=torch.int64)
+    message = f"reads texts of 77 tokens, got {length}: set context_length of the data to 77"
+    for run in (clip, clip.features, encoder.Encoder(clip, 8)):
+        with pytest.raises(InputError, match=message):
+            run(texts)
+
+
+def test_shorter_texts_where_the_network_reads_them() -> None:
+    network = torch.nn.Embedding(9, 7)
+    network.context_length, network.output_dim = 3, 7  # type: ignore[assignment]
+    tower = towers.create(network, embedding=True)
+    assert tower(torch.zeros(2, 2, dtype=torch.int64)).shape == (2, 2, 7)
+    with pytest.raises(InputError, match="reads texts of at most 3 tokens, got 4"):
+        tower(torch.zeros(2, 4, dtype=torch.int64))
+    assert tower(torch.zeros(5, dtype=torch.int64)).shape == (5, 7)

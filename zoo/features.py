@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from zoo.errors import InputError, nearest
 
-__all__ = ["FeatureTap", "KeptHooks", "OutputTap"]
+__all__ = ["FeatureTap", "KeptHooks", "OutputTap", "require_tokens"]
 
 
 class KeptHooks:
@@ -210,8 +210,10 @@ class OutputTap:
             The embeddings (B, D), twice.
 
         Raises:
-            InputError: the network did not return one vector of width ``output_dim`` per sample.
+            InputError: the network reads no texts of this length, or did not return one vector of width ``output_dim`` per
+                sample.
         """
+        require_tokens(self.network, x)
         output = self.network(x)
         if not isinstance(output, Tensor) or output.shape != (len(x), self.dim):
             shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -220,6 +222,29 @@ class OutputTap:
                 "output_dim is the width of what it returns"
             )
         return output, output
+
+
+def require_tokens(network: nn.Module, x: Tensor) -> None:
+    """Refuse texts of a length that a text network does not read; inputs of other networks pass.
+
+    Args:
+        network: a network; one that reads text has a ``context_length``.
+        x: its inputs; texts are token numbers (B, L).
+
+    Raises:
+        InputError: L is greater than ``context_length``, or less where the network reads no shorter texts.
+    """
+    length = getattr(network, "context_length", None)
+    if not length or x.is_floating_point() or x.ndim != 2 or x.shape[1] == length:
+        return
+    # open_clip's text side adds a causal mask of its full length, except where it masks padding as well.
+    mask, masks_padding = getattr(network, "attn_mask", None), getattr(network, "use_pad_mask", False)
+    exact = isinstance(mask, Tensor) and not masks_padding
+    if exact or x.shape[1] > length:
+        raise InputError(
+            f"{type(network).__name__} reads texts of {'' if exact else 'at most '}{length} tokens, got {x.shape[1]}: set "
+            f"context_length of the data to {length}, or tokenize with the tower's tokenizer"
+        )
 
 
 def _find_heads(network: nn.Module) -> tuple[tuple[str, ...], ...]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from zoo.errors import InputError
+from zoo.layer_features import pool_layer
 from zoo.layer_selection import LayerScores, block_names, extract_layers, select_layers
 from zoo.metrics.mutual_knn import NeighbourRule
 from zoo.towers import Tower
@@ -33,29 +33,24 @@ class _Features(nn.Module):
         return features
 
 
-def layer_features(tower: Tower, x: Tensor, layer: str, *, modality: str, pad_id: int | None = None) -> Tensor:
-    """Return what a layer of a frozen tower says, one vector an input, without a graph.
+def layer_features(tower: Tower, x: Tensor, layer: str, *, pad_id: int | None = None) -> Tensor:
+    """Return what a layer of a frozen tower says, one vector an input; with a graph only where the inputs have one.
 
     Args:
         tower: the tower.
         x: its inputs (B, …).
         layer: name of the layer, pooled as `zoo.layer_selection.extract_layers` does, or `FEATURES`.
-        modality: "image" or "text".
         pad_id: the token number of padding; the network's own if omitted.
 
     Returns:
-        Features (B, D), on the device of the inputs.
+        Features (B, D), on the device of the tower.
 
     Raises:
         InputError: there is no such layer, or its output cannot be pooled.
     """
     if layer == FEATURES:
-        with torch.no_grad():
-            return tower.features(x)
-    found = extract_layers(
-        tower, [x], [layer], modality=modality, pad_id=_padding(tower, pad_id), max_samples=max(1, len(x))
-    )
-    return found[layer].to(x.device)
+        return tower.features(x)
+    return pool_layer(tower, x, layer, pad_id=_padding(tower, pad_id))  # type: ignore[no-any-return]
 
 
 def layer_width(tower: Tower, loader: Iterable[Any], layer: str, *, modality: str, pad_id: int | None = None) -> int:

@@ -55,7 +55,7 @@ class _Source:
             tower, layer = self.towers[modality], self.layers[modality]
             parameter = next(tower.parameters(), None)
             x = batch[modality] if parameter is None else batch[modality].to(parameter.device)
-            rows = layer_features(tower, x, layer, modality=modality, pad_id=self.pad_id).float().cpu()
+            rows = layer_features(tower, x, layer, pad_id=self.pad_id).float().cpu()
             if not bool(rows.isfinite().all()):
                 raise InputError(f"the {modality} layer {layer!r} gives numbers that are not finite")
             found[modality] = rows.numpy()

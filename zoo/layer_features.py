@@ -16,7 +16,7 @@ from zoo.errors import InputError, nearest
 from zoo.layer_outputs import eval_mode
 from zoo.towers import Tower
 
-__all__ = ["Pool", "block_names", "extract_layers", "sample_batches"]
+__all__ = ["Pool", "block_names", "extract_layers", "pool_layer", "sample_batches"]
 
 Pool = Literal["cls", "mean", "last"]
 _POOLS = ("cls", "mean", "last")
@@ -93,7 +93,7 @@ def extract_layers(
             x = x if parameter is None else x.to(parameter.device)
             if tap is None:
                 names = _default_names(network, x) if layers is None else layers
-                tap = _Tap(network, names, pool, pad_id, prefix_tokens)
+                tap = _Tap(network, names, pool, pad_id, prefix_tokens, device=torch.device("cpu"))
             tap.run(tower, x)
             count += len(x)
             if count >= max_samples:
@@ -101,6 +101,29 @@ def extract_layers(
     if tap is None or count == 0:
         raise InputError("loader must give at least one sample, got none")
     return {name: torch.cat(parts)[:max_samples] for name, parts in tap.features.items()}
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def pool_layer(tower: Tower | nn.Module, x: Tensor, layer: str, *, pad_id: int | None = None) -> Tensor:
+    """Run an encoder on one batch and pool a layer to one vector a sample, as `extract_layers` does.
+
+    Args:
+        tower: the encoder, in eval mode.
+        x: its inputs (B, …).
+        layer: name of the layer, as for `extract_layers`.
+        pad_id: as for `extract_layers`.
+
+    Returns:
+        Features (B, D), float32, where the layer's output is; with the graph that the pass records.
+
+    Raises:
+        InputError: as for `extract_layers`.
+    """
+    network = tower.network if isinstance(tower, Tower) else tower
+    tap = _Tap(network, [layer], None, pad_id, None)
+    with torch.compiler.set_stance("force_eager"):
+        tap.run(tower, x)
+    return tap.features[layer][0]
 
 
 def block_names(network: nn.Module) -> tuple[str, ...]:
@@ -172,6 +195,8 @@ class _Tap:
         pool: Pool | None,
         pad_id: int | None,
         prefix_tokens: int | None,
+        *,
+        device: torch.device | None = None,
     ) -> None:
         if isinstance(names, str) or not names:
             raise InputError(f"layers must be a list of module names, at least one, got {names!r}")
@@ -182,6 +207,7 @@ class _Tap:
         self.network = network
         self.pool = pool
         self.pad_id = pad_id
+        self.device = device
         self.prefix = _prefix_tokens(network) if prefix_tokens is None else prefix_tokens
         self.features: dict[str, list[Tensor]] = {name: [] for name in names}
         self._now: dict[str, Tensor] = {}
@@ -233,7 +259,7 @@ class _Tap:
         if len(pooled) != rows:
             raise InputError(f"{name!r} gave {len(pooled)} rows for {rows} samples; name another layer")
         # A copy: a view would keep the whole output, and change with it.
-        self._now[name] = pooled.to("cpu", torch.float32, copy=True)
+        self._now[name] = pooled.to(self.device or pooled.device, torch.float32, copy=True)
 
     def _pool_map(self, name: str, value: Tensor) -> Tensor:
         if self.pool in ("cls", "last"):

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import InputError, nearest
-from zoo.features import FeatureTap, OutputTap
+from zoo.features import FeatureTap, OutputTap, require_tokens
 from zoo.named_networks import build, has_public_weights, has_weights, is_stored
 from zoo.open_clip_networks import build_tokenizer, build_transform
 
@@ -195,6 +195,7 @@ class Tower(nn.Module):
         return outputs
 
     def _cast(self, x: Tensor) -> Tensor:
+        require_tokens(self.network, x)
         if not self.frozen or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
             return x
         parameter = next(self.network.parameters(), None)

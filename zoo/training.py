@@ -104,7 +104,7 @@ class ZooCLI(LightningCLI):
             "--requires",
             type=dict[str, str],
             default={},
-            help="stored models this run builds on, folder: recipe; one that is missing is trained first (fit only)",
+            help="stored models this run builds on, folder: recipe; named but missing ones are trained first (fit only)",
         )
 
     @property
@@ -143,7 +143,7 @@ class ZooCLI(LightningCLI):
         if options.trainer.default_root_dir is None:
             options.trainer.default_root_dir = f"runs/{options.model.class_path.rpartition('.')[2].lower()}"
         if self.config["subcommand"] == "fit":
-            _train_required(options.requires)
+            _train_required(options.requires, _texts(_as_plain([options.get("model"), options.get("data")])))
             return
         component = options.model.class_path.rpartition(".")[2]
         if options.get("ckpt_path") is None and component in registry.components():
@@ -318,10 +318,13 @@ def _fetched_recipe(name: str) -> str:
     return str(path)
 
 
-def _train_required(requires: dict[str, str]) -> None:
-    """Train each stored model that is missing, in a process of its own."""
+def _train_required(requires: dict[str, str], named: list[str]) -> None:
+    """Train each stored model that is missing, in a process of its own; none that the options no longer name."""
+    used = {os.path.normpath(name) for name in named}
     for folder, recipe in requires.items():
         registry.recipe_path(recipe)
+        if os.path.normpath(folder) not in used:
+            continue
         if storage.locate(Path(folder), "config.json") is None and int(os.environ.get("LOCAL_RANK", "0")) == 0:
             rank_zero_info(f"{folder} is needed and not there yet: zoo fit --config {recipe}")
             command = [sys.executable, "-m", "zoo", "fit", "--config", recipe, "--trainer.default_root_dir", folder]
@@ -349,6 +352,12 @@ def _as_plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _as_plain(item) for key, item in value.items()}
     return [_as_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _texts(value: Any) -> list[str]:
+    """Return all text in plain options."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [value] if isinstance(value, str) else [text for item in items for text in _texts(item)]
 
 
 def _relative(path: Path) -> Path:

@@ -132,7 +132,7 @@ class TwoHeadModule(ZooModule):
         Raises:
             InputError: the layer is not chosen yet.
         """
-        return AlignedEncoder(self.image, self._chosen_layer("image"), self.image_head, "image", pad_id=self.pad_id)
+        return AlignedEncoder(self.image, self._chosen_layer("image"), self.image_head, pad_id=self.pad_id)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the unit embeddings (B, D) of images (B, C, H, W)."""
@@ -164,7 +164,7 @@ class TwoHeadModule(ZooModule):
 
     def _layer(self, modality: str, x: Tensor) -> Tensor:
         layer = self._chosen_layer(modality)
-        return layer_features(getattr(self, modality), x, layer, modality=modality, pad_id=self.pad_id)
+        return layer_features(getattr(self, modality), x, layer, pad_id=self.pad_id)
 
     def _chosen_layer(self, modality: str) -> str:
         layer = self.layers[modality]

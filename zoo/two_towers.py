@@ -28,8 +28,8 @@ __all__ = ["TwoTowerModule"]
 class TwoTowerModule(ZooModule):
     """Two towers and a scale; a subclass says what the loss of a batch is.
 
-    The frozen tower stays in eval mode and gets no gradient. If its weights have a public name (timm, torchvision, open_clip
-    with a tag, a stored model on the Hub) it is not stored with the model; otherwise it is.
+    The frozen tower stays in eval mode and its weights get no gradient. If they have a public name (timm, torchvision,
+    open_clip with a tag, a stored model on the Hub) they are not stored with the model; otherwise they are.
 
     Logged: ``train/loss``, ``train/scale``; in validation ``val/loss``, ``val/retrieval/{a}_to_{b}/r{k}`` and
     ``…/median_rank``, ``val/structure`` (Spearman correlation between the pairwise cosines of the trained embeddings and of
@@ -159,9 +159,9 @@ class TwoTowerModule(ZooModule):
             embedding = self.frozen(x)
             return embedding.detach(), unit(embedding)
         assert isinstance(self.frozen, towers.Tower)
-        with torch.no_grad():
-            features = self.frozen.features(x)
-        return features, unit(self.frozen_projection(features))
+        # Its weights are frozen: there is a graph only where the inputs have one, as under an attack.
+        features = self.frozen.features(x)
+        return features.detach(), unit(self.frozen_projection(features))
 
     def _tokens(self, tower: nn.Module, modality: str, texts: list[str]) -> Tensor:
         network = tower.network if isinstance(tower, towers.Tower) else tower

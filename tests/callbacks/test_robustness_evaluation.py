@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from zoo.callbacks.robustness_evaluation import RobustnessEvaluation
 
+import zoo
 from tests.robust_networks import Linear, direction, margins, samples
 from zoo.errors import InputError
 
@@ -204,6 +205,20 @@ def test_class_centres(by: str) -> None:
     assert found["val/robust/adaptive_0.01"] == pytest.approx(worst(40, EPS))
     assert found["val/robust/transfer_0.01"] == pytest.approx(worst(40, EPS))
     assert found["val/robust/clean"] == pytest.approx(worst(40, 0.0))
+
+
+def test_through_the_locked_tower_of_an_image_text_model() -> None:
+    images, captions = Linear(0), nn.Linear(3, 2)
+    images.output_dim = captions.output_dim = 2  # type: ignore[assignment]
+    x, labels = samples()
+    batch = {"image": x, "text": torch.randn(len(x), 3), "label": labels, "id": torch.arange(len(x))}
+    callback = evaluation(
+        mean=None, std=None, max_samples=None, steps=20, forward="encode_image", class_centres=torch.eye(2), scale=10.0,
+        batch_to_input=lambda batch: batch["image"], batch_to_target=lambda batch: batch["label"],
+    )  # fmt: skip
+    run = trainer(callback)
+    run.validate(zoo.CLIP(captions, images, k=(1,)), DataLoader([batch], batch_size=None), verbose=False)  # type: ignore[arg-type]
+    assert logged(run)["val/robust/adaptive_0.01"] == pytest.approx(worst(40, EPS))
 
 
 def test_surrogate_by_its_tower_name() -> None:

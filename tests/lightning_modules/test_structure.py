@@ -186,6 +186,25 @@ class StopAfter(pl.Callback):
         trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
 
 
+@pytest.mark.parametrize("layer", ["features", "0"])
+def test_gradients_reach_the_input_through_the_chosen_layer(layer: str) -> None:
+    blocks = nn.Sequential(nn.Sequential(nn.Linear(6, 7), nn.Tanh()), nn.Sequential(nn.Tanh(), nn.Linear(7, 7)))
+    blocks.output_dim = 7  # type: ignore[assignment]
+    model = build(image=blocks, image_options=None, image_layer=layer, text_layer="features")
+    x = rows(4)["image"].requires_grad_()
+    target = torch.randn(4, 4)
+    inside = blocks(x) if layer == "features" else blocks[0](x)
+    expected = (F.normalize(model.image_head(inside), dim=1) * target).sum()
+    for encode in (model.encode_image, model.network):
+        found = (encode(x) * target).sum()
+        torch.testing.assert_close(found, expected)
+        gradients = [torch.autograd.grad(value, x, retain_graph=True)[0] for value in (found, expected)]
+        torch.testing.assert_close(*gradients)
+        assert gradients[1].abs().max() > 0.01
+    features = model.features_of({**rows(4), "label": torch.zeros(4)})
+    assert not any(value.requires_grad for value in features.values())  # and none where the inputs ask for none
+
+
 def test_the_warm_up_survives_resume(tmp_path: Path) -> None:
     options = {"warmup_steps": 12, "lr": 1e-2}
     whole = build(**options)

@@ -98,6 +98,19 @@ def test_the_frozen_tower_stays_and_the_trained_one_learns(name: str) -> None:
     assert not any(parameter.requires_grad for parameter in model.frozen.parameters())
 
 
+@BOTH
+@pytest.mark.parametrize("embed_dim", [None, 3])
+def test_gradients_reach_the_input_of_the_locked_tower(name: str, embed_dim: int | None) -> None:
+    model = build(name, embed_dim=embed_dim).double()
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: model.encode("image", x), (x,))
+    model.encode("image", x).sum().backward()
+    assert all(parameter.grad is None for parameter in model.frozen.parameters())
+    features, _ = model._frozen_pair(x)
+    assert not features.requires_grad  # the geometry is a constant of the loss
+    assert not model.encode("image", x.detach()).requires_grad or embed_dim is not None
+
+
 def test_clip_trains_both_towers_when_none_is_locked() -> None:
     model = build("CLIP", locked=False)
     before = [parameter.detach().clone() for parameter in model.parameters()]
