@@ -19,6 +19,7 @@ from tests.advcal_cases import INPUTS, LABELS, encode
 from tests.calibration_cases import quiet, toy
 from zoo.calibration_attacks import generator_of
 from zoo.calibration_cross_modal import CrossModalMetric, ModalityView, class_retrieval
+from zoo.calibration_evaluation import CalibrationEvaluation
 from zoo.errors import InputError
 
 # fmt: off
@@ -164,13 +165,20 @@ def shared(rank: int, world: int) -> dict[str, Any]:
     first = computed(metric)
     metric.reset()
     metric.update(views(slice(None)) if rank == 0 else {}, paired=True)
-    return {"first": first, "second": computed(metric)}
+    second = computed(metric)
+    evaluation = CalibrationEvaluation(["a", "b", "c"], samples=4)
+    evaluation.update("ab"[rank], {"clean": torch.tensor([True, rank == 0])}, torch.tensor([1.0, 2.0 + rank]))
+    finished = {name: value.item() for name, value in evaluation.finish().items() if value.isfinite()}
+    return {"merged": [first, second], "finished": finished}
 
 
 def test_two_processes_equal_one(two_processes: Callable[..., list[Any]]) -> None:
     for found in two_processes(shared):
-        for values in found.values():
+        for values in found["merged"]:
             assert {name: pytest.approx(each) for name, each in values.items()} == expected_values()
+        # Each process has samples of another modality, and none of the third.
+        wanted = {"clean": 0.75, "drift": 1.75, "a/clean": 1.0, "a/drift": 1.5, "b/clean": 0.5, "b/drift": 2.0}
+        assert found["finished"] == pytest.approx(wanted)
 
 
 # -- in the module -------------------------------------------------------------------------------------------------

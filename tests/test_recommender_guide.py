@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ import pytest
 from zoo.lightning_modules.cm3 import CM3
 
 from tests.cm3_cases import toy_model
+from tests.doc_blocks import read_blocks
 
-GUIDE = (Path(__file__).parents[1] / "docs/recommender.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)
+GUIDE = Path(__file__).parents[1] / "docs/recommender.md"
+BLOCKS = [block.text for block in read_blocks(GUIDE) if block.language == "python"]
 
 
 def run(blocks: list[str], names: dict[str, Any]) -> None:

@@ -67,8 +67,10 @@ class CalibrationEvaluation(nn.Module):
         by_modality: dict[str, dict[str, Tensor]] = {}
         for name, module in self.accuracies.items():
             accuracy, drift = cast("RobustAccuracy", module), cast("MeanMetric", self.drifts[name])
-            if not accuracy.update_called:
-                continue
+            # All processes compute all of them, or one would wait for another that had no sample of a modality.
+            # torchmetrics warns where nothing was counted.
+            accuracy.update({})
+            drift.update(0.0, 0.0)
             found = accuracy.compute()
             if not found["clean"].isnan():
                 by_modality[name] = {**found, "drift": drift.compute()}
