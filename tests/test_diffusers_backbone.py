@@ -29,6 +29,7 @@ from zoo.diffusers_parts import find_pipeline
 from zoo.errors import InputError
 from zoo.latent_cache import cache_latents
 
+pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 T5 = {"max_sequence_length": tiny.T5_LENGTH}

@@ -257,9 +257,11 @@ class _Propagate(torch.autograd.Function):
         offsets, columns, weights = graph
         total = embeddings if hops else embeddings.clone()  # what is returned is never the argument itself
         for _ in range(hops):
-            total = F.embedding_bag(
+            reached = F.embedding_bag(
                 columns, total, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
-            ).add_(embeddings)
+            )
+            # Up to torch 2.11 a compiled sum in place has a gradient of zeros, without a word.
+            total = reached + embeddings if torch.compiler.is_compiling() else reached.add_(embeddings)
         return total
 
     @staticmethod

@@ -284,7 +284,7 @@ def test_stop_gradient_clean(name: str) -> None:
 @given(
     name=st.sampled_from([name for name in LOSSES if name != "ce"]),
     seed=st.integers(0, 10**6),
-    length=st.sampled_from([1e-4, 1.0, 1e6]),
+    length=st.sampled_from([1e-4, 1.0, 1e4]),  # the other side is divided by it, and counts as 0 below 1e-6
     count=st.integers(1, 8),
 )
 def test_properties(name: str, seed: int, length: float, count: int) -> None:

@@ -118,7 +118,7 @@ def weighted_means(
         features,
         candidates,
         values,
-        kernel=kernel.name,
+        rule=kernel.name,
         parameter=kernel.parameter,
         row_tile=tile[0],
         column_tile=tile[1],
@@ -147,7 +147,7 @@ def weights_entropy(features: Tensor, kernel: Kernel, *, tile: tuple[int, int], 
     features = features.detach()
     candidates = gather_rows(features) if size > 1 else features
     entropy: Tensor = _entropy(
-        features, candidates, kernel=kernel.name, parameter=kernel.parameter, row_tile=tile[0], column_tile=tile[1]
+        features, candidates, rule=kernel.name, parameter=kernel.parameter, row_tile=tile[0], column_tile=tile[1]
     )
     return entropy
 
@@ -185,7 +185,7 @@ def _anchors(
 @torch.library.custom_op(
     "zoo::kernel_means",
     mutates_args=(),
-    schema="(Tensor anchors, Tensor candidates, Tensor values, *, str kernel, float parameter, int row_tile, "
+    schema="(Tensor anchors, Tensor candidates, Tensor values, *, str rule, float parameter, int row_tile, "
     "int column_tile) -> (Tensor, Tensor)",
 )
 def _means(
@@ -193,7 +193,7 @@ def _means(
     candidates: Tensor,
     values: Tensor,
     *,
-    kernel: KernelName,
+    rule: KernelName,
     parameter: float,
     row_tile: int,
     column_tile: int,
@@ -204,10 +204,10 @@ def _means(
         means = values.new_zeros(anchors.shape[0], values.shape[1])
         totals = values.new_zeros(anchors.shape[0], 1)
         for rows, blocks in tiles(len(anchors), len(candidates), row_tile=row_tile, column_tile=column_tile):
-            own, threshold = _anchors(anchors[rows], candidates, work, blocks, Kernel(kernel, parameter))
+            own, threshold = _anchors(anchors[rows], candidates, work, blocks, Kernel(rule, parameter))
             for block in blocks:
                 tile, _ = work.scores(anchors[rows], candidates[block])
-                _weigh(tile, own, threshold, kernel, parameter)
+                _weigh(tile, own, threshold, rule, parameter)
                 totals[rows] += tile.sum(1, keepdim=True)
                 work.add_product(means[rows], tile, values[block])
         return means.div_(totals), totals
@@ -221,7 +221,7 @@ def _(anchors: Tensor, _: Tensor, values: Tensor, **__: Any) -> tuple[Tensor, Te
 @torch.library.custom_op(
     "zoo::kernel_means_backward",
     mutates_args=(),
-    schema="(Tensor anchors, Tensor candidates, Tensor gradient, *, str kernel, float parameter, int row_tile, "
+    schema="(Tensor anchors, Tensor candidates, Tensor gradient, *, str rule, float parameter, int row_tile, "
     "int column_tile) -> Tensor",
 )
 def _means_backward(
@@ -229,7 +229,7 @@ def _means_backward(
     candidates: Tensor,
     gradient: Tensor,
     *,
-    kernel: KernelName,
+    rule: KernelName,
     parameter: float,
     row_tile: int,
     column_tile: int,
@@ -239,10 +239,10 @@ def _means_backward(
         work = Workspace(anchors, candidates, row_tile=row_tile, column_tile=column_tile)
         result = gradient.new_zeros(candidates.shape[0], gradient.shape[1])
         for rows, blocks in tiles(len(anchors), len(candidates), row_tile=row_tile, column_tile=column_tile):
-            own, threshold = _anchors(anchors[rows], candidates, work, blocks, Kernel(kernel, parameter))
+            own, threshold = _anchors(anchors[rows], candidates, work, blocks, Kernel(rule, parameter))
             for block in blocks:
                 tile, _ = work.scores(anchors[rows], candidates[block])
-                _weigh(tile, own, threshold, kernel, parameter)
+                _weigh(tile, own, threshold, rule, parameter)
                 work.add_product(result[block], tile.t(), gradient[rows])
         return result
 
@@ -273,10 +273,10 @@ _means.register_autograd(_differentiate, setup_context=_keep)
 @torch.library.custom_op(
     "zoo::kernel_entropy",
     mutates_args=(),
-    schema="(Tensor anchors, Tensor candidates, *, str kernel, float parameter, int row_tile, int column_tile) -> Tensor",
+    schema="(Tensor anchors, Tensor candidates, *, str rule, float parameter, int row_tile, int column_tile) -> Tensor",
 )
 def _entropy(
-    anchors: Tensor, candidates: Tensor, *, kernel: KernelName, parameter: float, row_tile: int, column_tile: int
+    anchors: Tensor, candidates: Tensor, *, rule: KernelName, parameter: float, row_tile: int, column_tile: int
 ) -> Tensor:
     """Entropies (n,): the logarithm of the sum of the weights, less their mean logarithm under themselves."""
     with torch.autocast(anchors.device.type, enabled=False):
@@ -284,10 +284,10 @@ def _entropy(
         totals = anchors.new_zeros(anchors.shape[0])
         products = torch.zeros_like(totals)
         for rows, blocks in tiles(len(anchors), len(candidates), row_tile=row_tile, column_tile=column_tile):
-            own, threshold = _anchors(anchors[rows], candidates, work, blocks, Kernel(kernel, parameter))
+            own, threshold = _anchors(anchors[rows], candidates, work, blocks, Kernel(rule, parameter))
             for block in blocks:
                 tile, scratch = work.scores(anchors[rows], candidates[block])
-                _weigh(tile, own, threshold, kernel, parameter)
+                _weigh(tile, own, threshold, rule, parameter)
                 totals[rows] += tile.sum(1)
                 torch.xlogy(tile, tile, out=scratch)
                 products[rows] += scratch.sum(1)
