@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from torch import nn
 from zoo.lightning_modules.nd import NDDistillation
 
@@ -19,7 +20,7 @@ from tests.hub_fixtures import call_python, hub, hub_server  # noqa: F401 - fixt
 from tests.hub_server import HubServer
 from tests.hub_server.card import problems
 from tests.model_cards import CONFIG, RECIPE, card_of, changed, metadata_of, sheet
-from zoo import registry
+from zoo import model_card, registry
 from zoo.errors import InputError
 from zoo.model_card import render
 from zoo.module import ZooModule
@@ -282,6 +283,19 @@ def test_the_hub_takes_each_card(hub: HubServer) -> None:  # noqa: F811 - the fi
     cards = [card_of(), card_of(changed("run", None)), baseline, render({"component": None}, None)]
     values = [0.994413, 0.03, 0.98607]
     assert call_python(push_cards, cards, server=hub) == [[True, values], [True, []], [True, values], [True, []]]
+
+
+def test_two_threads_do_not_render_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from_template, alone = ModelCard.from_template, []
+
+    def watched(*args: Any, **kwargs: Any) -> ModelCard:
+        alone.append(not model_card._rendering.acquire(blocking=False))
+        card: ModelCard = from_template(*args, **kwargs)
+        return card
+
+    monkeypatch.setattr(ModelCard, "from_template", watched)
+    render({"component": None}, None)
+    assert alone == [True]
 
 
 def test_rendering_needs_neither_torch_nor_numpy(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import keyword
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,9 @@ _REPO_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
 _FIGURE = re.compile(r"figures/[\w-][\w.-]*\.png", re.ASCII)
 _METRIC_TYPES = {"acc": "accuracy"}  # the Hub's identifiers
 _MAX_RECIPE = 1 << 16
+# Two PushToHub render at once. Versions of huggingface_hub before 2 take a package for missing (here Jinja2) while another
+# thread looks it up for the first time.
+_rendering = threading.Lock()
 _HERE = "path/to/this/folder"
 
 
@@ -90,7 +94,8 @@ def render(
         "license": _stated_license(metadata),
         "digests": digests(generated),
     }
-    card = ModelCard.from_template(ours, template_str=template, **values)
+    with _rendering:
+        card = ModelCard.from_template(ours, template_str=template, **values)
     body = merge_text(kept, f"{card.text.rstrip()}\n")
     return f"---\n{to_yaml(metadata)}---\n{body}"
 
