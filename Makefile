@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo table test test-thorough check lint types pytest bench bench-gpu docs docs-serve clean
+.PHONY: setup demo table test test-thorough test-oldest check lint types pytest bench bench-gpu docs docs-serve clean
 
 setup: $(STAMP)
 
@@ -42,6 +42,12 @@ pytest: setup
 test-thorough: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "thorough or not thorough"
 
+# The same with the oldest torch and huggingface_hub that pyproject.toml allows, in an environment of its own.
+test-oldest:
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet -e ".[dev]" "torch==2.11.*" "torchvision==0.26.*" "huggingface_hub==1.30.*"
+	$(VENV)-oldest/bin/python -m pytest -n 2 --dist loadfile
+
 bench: setup
 	$(BIN)/python benchmarks/machine.py
 	$(BIN)/python benchmarks/startup.py --rounds 3
@@ -76,4 +82,4 @@ docs-serve: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --strict
 
 clean:
-	rm -rf $(VENV) build dist runs *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest build dist runs *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
