@@ -45,7 +45,7 @@ test-thorough: setup
 # The same with the oldest torch and huggingface_hub that pyproject.toml allows, in an environment of its own.
 test-oldest:
 	$(PYTHON) -m venv $(VENV)-oldest
-	$(VENV)-oldest/bin/python -m pip install --quiet -e ".[dev]" "torch==2.11.*" "torchvision==0.26.*" "huggingface_hub==1.30.*"
+	$(VENV)-oldest/bin/python -m pip install --quiet -e ".[dev]" "torch==2.11.*" "torchvision==0.26.*" "huggingface_hub==1.32.*"
 	$(VENV)-oldest/bin/python -m pytest -n 2 --dist loadfile
 
 bench: setup
