@@ -72,6 +72,19 @@ def test_compiled_value_and_gradient(name: str) -> None:
     assert gradients[1].abs().max() > 1e-3
 
 
+def test_the_affine_kernel_needs_no_tiles_when_compiled() -> None:
+    graphs: list[str] = []
+
+    def look(module: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(str(module.graph))
+        return module
+
+    for kernel in ("affine", "exp"):
+        torch.compiler.reset()
+        torch.compile(losses.cwcl_loss, backend=look)(OTHER, OTHER, kernel=kernel, **SCALED)
+    assert ["kernel_means" in one for one in graphs] == [False, True]
+
+
 def test_every_loss_is_there() -> None:
     assert {name.partition(" ")[0] for name in CASES} - {"propagate_interactions"} == set(losses.__all__) - CONSTANT
 
